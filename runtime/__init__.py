@@ -1,0 +1,1 @@
+"""What a run needs that is not the run: settings, checkpoints, ranks, metrics, pictures."""
