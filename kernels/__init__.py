@@ -1,0 +1,1 @@
+"""The model's ops: `eager` defines each in plain torch."""

@@ -1,0 +1,186 @@
+"""The Llama in one file: RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU.
+
+The model is handed its ops (kernels.eager or another set with the same functions), so nothing here knows a device.
+Parameters are fp32; activations have the dtype asked for, and each weight is cast where it is used.
+B, T, H, Dh, D, F, V: batch, time, heads, head dim, model dim, feed-forward dim, vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime.config import ModelConfig as LlamaConfig
+
+
+class Linear(nn.Linear):
+    """A projection without bias: fp32 weight, cast to the activations' dtype."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, ops):
+        super().__init__()
+        self.ops, self.dropout = ops, config.attn_dropout
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.head_dim = config.head_dim
+        self.wqkv = Linear(config.dim, sum(self.heads) * self.head_dim)
+        self.wo = Linear(config.dim, config.dim)
+
+    def qkv(self, x, rope):
+        """x (B, T, D) -> q (B, T, H, Dh), k and v (B, T, Hkv, Dh), with q and k rotated to their positions."""
+        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        return *self.ops.rotary(q, k, *rope), v
+
+    def forward(self, x, rope, seed=None, past=None):
+        q, k, v = self.qkv(x, rope)
+        if past is not None:
+            k, v = past.append(k, v)
+        p = self.dropout if self.training else 0.0
+        return self.wo(self.ops.causal_attention(q, k, v, p, seed).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig, ops):
+        super().__init__()
+        self.ops = ops
+        self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
+        self.down = Linear(config.hidden_dim, config.dim)
+
+    def forward(self, x):
+        return self.down(self.ops.swiglu(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, ops):
+        super().__init__()
+        self.ops, self.eps = ops, config.norm_eps
+        self.attention_norm = nn.Parameter(torch.empty(config.dim))
+        self.attention = Attention(config, ops)
+        self.mlp_norm = nn.Parameter(torch.empty(config.dim))
+        self.mlp = MLP(config, ops)
+
+    def forward(self, x, rope, seed=None, past=None):
+        """x (B, T, D) -> (B, T, D). seed (B,) keys attention dropout; past is this layer's part of a KVCache."""
+        y = self.attention(self.ops.rms_norm(x, self.attention_norm, self.eps), rope, seed, past)
+        y, x = self.ops.add_rms_norm(y, x, self.mlp_norm, self.eps)
+        return x + self.mlp(y)
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig, ops, dtype=torch.float32):
+        super().__init__()
+        self.config, self.ops, self.dtype = config, ops, dtype
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
+        self.norm = nn.Parameter(torch.empty(config.dim))
+        self.head = Linear(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        embed, wqkv, gate_up, head   normal, std 0.02
+        wo, down                     normal, std 0.02 / sqrt(2 n_layers): they write to the residual stream, 2 a layer
+        norm weights                 1
+        cos, sin                     the rotary table, (T, Dh/2), angles and values in fp32 whatever the dtype
+        """
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1.0)
+            else:
+                residual = name.endswith(("wo.weight", "down.weight"))
+                p.normal_(0.0, 0.02 * ((2 * self.config.n_layers) ** -0.5 if residual else 1.0))
+        cos, sin = rotary_table(self.config, self.embed.weight.device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moving the model must not round the rotary table: bf16 angles lose positions beyond 256."""
+        super()._apply(fn, recurse)
+        self.cos, self.sin = rotary_table(self.config, self.embed.weight.device)
+        return self
+
+    def rope(self, start, T):
+        return self.cos[start : start + T], self.sin[start : start + T]
+
+    def hidden(self, tokens, seed=None, cache=None):
+        """Token ids (B, T) -> the normed residual stream (B, T, D) that the head reads."""
+        start = cache.length if cache else 0
+        x, rope = self.embed(tokens).to(self.dtype), self.rope(start, tokens.shape[1])
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, None if seed is None else seed + i, cache and cache.layer(i))
+        if cache:
+            cache.length += tokens.shape[1]
+        return self.ops.rms_norm(x, self.norm, self.config.norm_eps)
+
+    def forward(self, tokens, targets=None, seed=None, cache=None):
+        """Token ids (B, T) -> the mean loss over targets (B, T) that are not -100, in nats; or logits (B, T, V).
+
+        seed (B,) int64 keys attention dropout, one per sequence; with a cache the tokens go on where it ends.
+        """
+        x = self.hidden(tokens, seed, cache)
+        if targets is None:
+            return self.head(x)
+        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.head.weight.to(x.dtype), targets.flatten())
+
+    @torch.no_grad()
+    def attention_maps(self, tokens):
+        """Yields the attention probabilities (B, H, T, T) of one layer after the other, keeping none."""
+        x, rope = self.embed(tokens).to(self.dtype), self.rope(0, tokens.shape[1])
+        for block in self.blocks:
+            q, k, _ = block.attention.qkv(self.ops.rms_norm(x, block.attention_norm, block.eps), rope)
+            yield self.ops.attention_probs(q, k)
+            x = block(x, rope)
+
+    @torch.no_grad()
+    def generate(self, tokens, n, temperature=0.0, stop=None):
+        """Yields up to n new tokens (B,) after the prompt (B, T): the likeliest, or drawn at a temperature.
+
+        Ends early where a batch of one draws `stop`, or where the context (seq_len) is full.
+        """
+        cache = KVCache(self, len(tokens))
+        for _ in range(min(n, self.config.seq_len - tokens.shape[1])):
+            logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
+            probs = (logits / temperature).softmax(-1) if temperature else None
+            tokens = torch.multinomial(probs, 1) if temperature else logits.argmax(-1, keepdim=True)  # (B, 1)
+            if stop is not None and len(tokens) == 1 and tokens.item() == stop:
+                return
+            yield tokens[:, 0]
+
+
+class KVCache:
+    """Keys and values of the positions seen so far. Setting `length` back rewinds it."""
+
+    def __init__(self, model: Llama, batch: int):
+        c, device = model.config, model.embed.weight.device
+        shape = (c.n_layers, 2, batch, c.seq_len, c.n_kv_heads, c.head_dim)
+        self.kv = torch.empty(shape, dtype=model.dtype, device=device)
+        self.length = 0
+
+    def layer(self, i):
+        return LayerCache(self.kv[i], self.length)
+
+
+class LayerCache:
+    def __init__(self, kv, start):
+        self.kv, self.start = kv, start  # (2, B, seq_len, Hkv, Dh)
+
+    def append(self, k, v):
+        """Writes k, v (B, T, Hkv, Dh) at the end and returns all there is: (B, start + T, Hkv, Dh) each."""
+        end = self.start + k.shape[1]
+        self.kv[0, :, self.start : end], self.kv[1, :, self.start : end] = k, v
+        return self.kv[0, :, :end], self.kv[1, :, :end]
+
+
+def rotary_table(config: LlamaConfig, device):
+    """cos and sin (T, Dh/2) of position * theta^(-2i/Dh), fp32. Su et al. 2021."""
+    inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim)
+    angles = torch.outer(torch.arange(config.seq_len, device=device, dtype=torch.float32), inverse)
+    return angles.cos(), angles.sin()
