@@ -1,0 +1,1 @@
+"""Text in, uint16 bins out, and the reader that trains from them."""

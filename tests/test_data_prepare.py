@@ -1,0 +1,284 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data import sources, vocab
+from data.bins import SPLITS, Bin, DataError, load_meta
+from data.prepare import ROOT, parse, prepare
+
+
+def run(*argv):
+    command = [sys.executable, "-m", "data.prepare", *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def documents(folder):
+    """{split: [text of each document]}, read back from the bins."""
+    words, found = vocab.load(folder), {}
+    for split in SPLITS:
+        ids = np.fromfile(folder / f"{split}.bin", dtype="<u2")
+        assert ids[0] == words.bos
+        found[split] = [words.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == words.bos)[1:])]
+    return found
+
+
+def contents(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Forty small files of text, one that is empty, one that is not UTF-8, and hidden ones."""
+    folder = tmp_path / "mine"
+    (folder / "deep/er").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for i in range(40):
+        (folder / ("deep/er" if i % 2 else "") / f"{i}.txt").write_bytes(f"file {i}\r\n\tof 你好 🙂  text\n".encode() * (i + 1))
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / ".hidden").write_text("hidden")
+    (folder / ".git/config").write_text("hidden")
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--tokenizer=bpe", "--vocab_size=300"]])
+def test_bins_hold_the_documents_of_the_files(folder, tmp_path, options):
+    out = prepare(["text", str(folder), f"--out={tmp_path / 'out'}", "--val_fraction=0.2", *options])
+    found, meta = documents(out), load_meta(out)
+    texts = [p.read_bytes().decode() for p in folder.rglob("*.txt") if p.name not in ("empty.txt", "latin.txt")]
+    assert sorted(found["train"] + found["val"]) == sorted(texts)
+    assert meta["dropped"] == {"empty": 1, "undecodable": 1}
+    for split in SPLITS:
+        stated = meta["splits"][split]
+        assert (stated["docs"], stated["bytes"]) == (len(found[split]), sum(len(t.encode()) for t in found[split]))
+        assert stated["tokens"] * 2 == (out / f"{split}.bin").stat().st_size
+    assert meta["bos_id"] == vocab.load(out).bos and meta["vocab_size"] == vocab.load(out).size
+
+
+def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
+    argv = ["text", str(folder), "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+    one, two = (prepare([*argv, f"--out={tmp_path / name}"]) for name in ("one", "two"))
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+
+
+def test_val_stays_val_when_documents_are_added_and_when_its_share_grows(folder, tmp_path):
+    def val(name, fraction=0.2):
+        out = prepare(["text", str(folder), f"--out={tmp_path / name}", f"--val_fraction={fraction}"])
+        return set(documents(out)["val"])
+
+    before, wider = val("before"), val("wider", 0.5)
+    for i in range(20):
+        (folder / f"0 new {i}.txt").write_text(f"new {i}")
+    after = val("after")
+    assert {text for text in after if not text.startswith("new")} == before < wider
+
+
+def test_the_seed_chooses_another_val(folder, tmp_path):
+    argv = ["text", str(folder), "--val_fraction=0.2"]
+    one, two = (documents(prepare([*argv, f"--seed={s}", f"--out={tmp_path / str(s)}"]))["val"] for s in (0, 1))
+    assert one != two
+
+
+def test_each_window_of_repeats_is_one_row(tmp_path):
+    out = prepare(
+        ["repeats", f"--out={tmp_path}", "--rows=300", "--length=32", "--alphabet=20", "--span_max=32", "--val_fraction=0.1"]
+    )
+    train = Bin(out / "train.bin", seq_len=32, vocab_size=21)
+    docs = load_meta(out)["splits"]["train"]["docs"]
+    assert train.n_tokens == 32 * docs and train.n_windows == docs - 1  # the last row lacks a token to end on
+    windows = train.windows(range(train.n_windows))
+    assert (windows[:, 0] == 20).all() and (windows[:, 1:-1] < 20).all()
+    rows = [d.text for d in sources.repeats(alphabet=20, length=32, rows=300, span_max=32)]
+    found = documents(out)
+    assert sorted(found["train"] + found["val"]) == sorted(rows) and len(rows) == 300
+
+
+def test_tiled_rows_repeat_their_segment_and_the_share_of_them_is_kept():
+    rng, periods = np.random.default_rng(0), []
+    for _ in range(400):
+        row = sources.repeat_row(rng, 127, 64, 32, 48, 0.85)
+        assert row.shape == (127,) and 0 <= row.min() and row.max() < 64
+        periods.append(next((p for p in range(1, 64) if np.array_equal(row[p:], row[:-p])), None))
+    tiled = [p for p in periods if p]
+    assert set(tiled) == set(range(32, 49))
+    assert 0.8 < len(tiled) / 400 < 0.9
+
+
+def test_other_rows_hold_copies_of_earlier_spans_among_fresh_symbols():
+    rng, copied = np.random.default_rng(0), []
+    for _ in range(100):
+        row = sources.repeat_row(rng, 127, 64, 32, 64, 0.0)
+        fours = list(zip(*(row[i:].tolist() for i in range(4)), strict=False))
+        copied.append(1 - len(set(fours)) / len(fours))
+    assert 0.2 < np.mean(copied) < 0.6  # of random symbols, four in a row hardly ever come again: 127 / 64^4
+
+
+def test_repeats_are_a_function_of_their_knobs():
+    first = list(sources.repeats(rows=20))
+    assert first == list(sources.repeats(rows=30))[:20]
+    assert first != list(sources.repeats(rows=20, seed=1))
+    assert {len(d.text) for d in first} == {127}
+
+
+@pytest.mark.parametrize(
+    "knob", ["length=1", "rows=0", "span_min=0", "span_min=65", "tiled=1.5", "alphabet=0", "alphabet=99999"]
+)
+def test_knobs_that_cannot_be_are_refused_by_name(tmp_path, knob):
+    with pytest.raises(DataError, match=f"--{knob}"):
+        prepare(["repeats", f"--{knob}", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_asking_again_does_nothing(tmp_path, capsys):
+    argv = ["repeats", "--rows=200", "--length=16", "--val_fraction=0.1", f"--out={tmp_path}"]
+    assert prepare(argv) == tmp_path
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert prepare(argv) == tmp_path
+    assert contents(tmp_path) == before
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_another_python_is_no_other_dataset(folder, tmp_path, monkeypatch):
+    small = [sources.Document(str(i), f"text {i}") for i in range(50)]
+    monkeypatch.setattr(sources, "python_stdlib", lambda: small)
+    argv = ["python-stdlib", "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
+    out = prepare(argv)
+    meta = load_meta(out)
+    meta["source"]["python"] = "3.99"
+    (out / "meta.json").write_text(json.dumps(meta))
+    before = contents(out)
+    prepare(argv)
+    assert contents(out) == before
+
+
+def test_other_arguments_are_refused_and_nothing_is_written_over(tmp_path):
+    argv = ["repeats", "--rows=200", "--length=16", "--val_fraction=0.1", f"--out={tmp_path}"]
+    prepare(argv)
+    before = contents(tmp_path)
+    done = run(*argv, "--seed=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr and "--out" in done.stderr
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model"])
+def test_files_of_another_program_are_not_written_over(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\1\0")
+    with pytest.raises(DataError, match=f"{name} that data.prepare did not make"):
+        prepare(["repeats", f"--out={tmp_path}"])
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_left_incomplete_is_made_anew(tmp_path):
+    argv = ["repeats", "--rows=200", "--length=16", "--val_fraction=0.1", f"--out={tmp_path}"]
+    prepare(argv)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    (tmp_path / "val.bin").unlink()
+    os.truncate(tmp_path / "train.bin", 100)
+    prepare(argv)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_split_without_documents_is_refused_with_a_fraction_that_works(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"text {i}")
+    argv = ["text", str(tmp_path / "in"), f"--out={tmp_path / 'out'}"]
+    with pytest.raises(DataError, match="pass --val_fraction=") as e:
+        prepare([*argv, "--val_fraction=0.0001"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="train.bin would be empty"):
+        prepare([*argv, "--val_fraction=0.9999"])
+    out = prepare([*argv, str(e.value).split()[-1]])
+    assert load_meta(out)["splits"]["val"]["docs"] >= 1
+
+
+def test_one_short_file_and_no_text_at_all_are_refused(tmp_path):
+    (tmp_path / "one.txt").write_text("one")
+    (tmp_path / "empty.txt").write_text("")
+    for name, message in (("one.txt", "one document"), ("empty.txt", "no documents: 1 empty")):
+        with pytest.raises(DataError, match=message):
+            prepare(["text", str(tmp_path / name), f"--out={tmp_path / 'out'}"])
+
+
+def test_a_long_file_is_cut_at_line_ends_and_stays_whole(tmp_path):
+    lines = "".join(f"line {i} of a long file\n" for i in range(20_000))
+    (tmp_path / "long.txt").write_text(lines + "x" * 200_000)
+    parts = [d.text for d in sources.text([tmp_path / "long.txt"])]
+    assert "".join(parts) == lines + "x" * 200_000
+    assert max(map(len, parts)) <= sources.LONG and sum(part.endswith("\n") for part in parts) == len(lines) // sources.LONG + 1
+
+
+def test_a_named_file_is_read_even_if_hidden_and_a_missing_one_is_named(folder):
+    assert [d.text for d in sources.text([folder / ".hidden", folder / "latin.txt"])] == ["hidden", None]
+    with pytest.raises(DataError, match="nowhere.txt: no such file"):
+        list(sources.text([folder / "nowhere.txt"]))
+
+
+def test_the_standard_library_is_some_hundred_files_in_a_stable_order():
+    found = list(sources.python_stdlib())
+    names = [d.id for d in found]
+    assert len(found) > 500 and names == sorted(names) and len(set(names)) == len(names)
+    assert "dataclasses.py" in names and all(name.endswith(".py") for name in names)
+    assert not [name for name in names if "site-packages" in name or "__pycache__" in name]
+    assert "def dataclass(" in next(d.text for d in found if d.id == "dataclasses.py")
+
+
+def test_a_source_takes_its_own_options_only():
+    for argv in (
+        ["repeats", "--tokenizer=bpe"],
+        ["text", "a", "--rows=3"],
+        ["python-stdlib", "a.txt"],
+        ["text"],
+        ["nowhere"],
+        [],
+    ):
+        with pytest.raises(DataError, match="--help"):
+            parse(argv)
+    for argv in (["python-stdlib", "--vocab_size=500"], ["repeats", "--val_fraction=0"], ["repeats", "--seed=-1"]):
+        with pytest.raises(DataError, match=argv[1]):
+            parse(argv)
+
+
+def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(folder):
+    assert parse(["repeats"])["out"] == str(ROOT / "data/repeats")
+    for out in (folder, folder / "bins"):
+        with pytest.raises(DataError, match="which is read as text"):
+            parse(["text", str(folder), f"--out={out}"])
+
+
+def test_mistakes_are_one_line_and_status_2(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for argv in (
+        ["text", tmp_path / "nowhere", f"--out={tmp_path / 'out'}"],
+        ["repeats", "--alphabet=many"],
+        ["repeats", "--rows=200", f"--out={tmp_path / 'file'}"],
+    ):
+        done = run(*argv)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+        assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_help_states_each_default():
+    done = run("repeats", "--help")
+    assert done.returncode == 0
+    options = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert len(options) == 9 and done.stdout.count("(default:") == 9
+
+
+def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
+    def interrupted():
+        yield from itertools.repeat(sources.Document("a", "text"), 100)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "python_stdlib", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(["python-stdlib", f"--out={tmp_path / 'out'}"])
+    assert not list(tmp_path.iterdir())
