@@ -115,7 +115,8 @@ class Llama(nn.Module):
         start = cache.length if cache else 0
         x, rope = self.embed(tokens).to(self.dtype), self.rope(start, tokens.shape[1])
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, None if seed is None else seed + i, cache and cache.layer(i))
+            run = block if self.training else block.forward  # a compiled block has the one shape of training
+            x = run(x, rope, None if seed is None else seed + i, cache and cache.layer(i))
         if cache:
             cache.length += tokens.shape[1]
         return self.ops.rms_norm(x, self.norm, self.config.norm_eps)
@@ -126,8 +127,10 @@ class Llama(nn.Module):
         seed (B,) int64 keys attention dropout, one per sequence; with a cache the tokens go on where it ends.
         """
         x = self.hidden(tokens, seed, cache)
-        if targets is None:
-            return self.head(x)
+        return self.head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """The mean loss of the head on x (B, T, D), as hidden returns it, over targets (B, T) that are not -100."""
         return self.ops.linear_cross_entropy(x.flatten(0, 1), self.head.weight.to(x.dtype), targets.flatten())
 
     @torch.no_grad()

@@ -57,14 +57,15 @@ def load(path, device="cpu") -> dict:
     return state
 
 
-def rotate(folder: Path, keep: int):
-    """Before a new ckpt.pt is written: the old one becomes ckpt_<step>.pt where `keep` > 1, and the oldest go."""
-    newest = folder / "ckpt.pt"
-    if newest.exists() and keep > 1:
-        newest.replace(folder / f"ckpt_{load(newest)['step']}.pt")
-    kept = sorted(folder.glob("ckpt_*.pt"), key=lambda p: int(p.stem.removeprefix("ckpt_")))
-    for path in kept[: max(0, len(kept) - (keep - 1))]:
-        path.unlink()
+def keep(folder: Path, step: int, n: int):
+    """Gives the ckpt.pt of `step` a second name, ckpt_<step>.pt, and removes all but the newest n of those."""
+    if n > 1:
+        kept = folder / f"ckpt_{step}.pt"
+        kept.unlink(missing_ok=True)
+        os.link(folder / "ckpt.pt", kept)
+        steps = sorted(int(path.stem.removeprefix("ckpt_")) for path in folder.glob("ckpt_*.pt"))
+        for old in steps[:-n]:
+            (folder / f"ckpt_{old}.pt").unlink()
 
 
 def is_milestone(step: int) -> bool:

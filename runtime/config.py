@@ -4,8 +4,11 @@ A config is a Python file that assigns these names; `--name=value` on the comman
 Nothing heavy is imported here, so `python train.py --help` and every message about a bad setting are instant.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import os
 import runpy
 import sys
 import typing
@@ -49,6 +52,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.n_kv_heads == 0:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        for name, value in vars(self).items():
+            _check(self, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "seq_len"):
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
@@ -183,16 +188,19 @@ def parse(name: str, text: str):
     kind = _kind(name)
     if kind is bool:
         return _one_of(name, text.lower(), ("true", "false")) == "true"
-    if kind is int or kind is float:
-        try:
-            number = float(text)
-            whole = int(text) if text.lstrip("+-").isdigit() else int(number)
-            if kind is float or whole == number:
-                return number if kind is float else whole
-        except (ValueError, OverflowError):
-            pass
-        raise ConfigError(f"--{name}={text}: expected {kind.__name__}")
+    for number in {int: (int, _whole), float: (float,)}.get(kind, ()):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    if kind is not str and not typing.get_args(kind):
+        raise ConfigError(f"{name}={text}: expected {kind.__name__}")
     return text
+
+
+def _whole(text: str) -> int:
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
 
 
 def _kind(name: str):
@@ -208,6 +216,19 @@ def _one_of(name: str, value, choices):
     if value not in choices:
         raise ConfigError(f"{name}={value}: expected one of {', '.join(choices)}")
     return value
+
+
+def from_command_line(argv: list[str]) -> Config:
+    """load(argv), ending the process with status 0 after --help and with status 2 and one line after a mistake."""
+    if "--help" in argv or "-h" in argv:
+        print(usage())
+        sys.exit(0)
+    try:
+        return load(argv)
+    except ConfigError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr)
+        sys.exit(2)
 
 
 def usage() -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    cpu_group: object = None
 
     def say(self, *words):
         """Prints from rank 0 alone."""
@@ -25,34 +27,56 @@ class World:
             print(*words, flush=True)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of x over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
+        """The sum of x over all ranks."""
+        if self.size == 1:
+            return x
+        total = x.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(x.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. The ranks meet on their CPUs: no GPU waits for it."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(flags.item())
 
     def wait(self):
-        if self.size > 1:
-            dist.barrier()
+        """Until all ranks are here."""
+        self.any(False)
 
 
 def start(config: Config) -> World:
     """Joins the ranks that torchrun started: NCCL on GPUs, gloo on CPUs. One process alone is a world of one."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in RANK)
+    rank, size, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(config.device)
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
+    if size == 1:
+        return World(rank, size, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device, dist.new_group(backend="gloo"))
 
 
-RANK = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-
-
-def stop():
+def leave():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag that the loop looks at between updates; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,26 @@
+"""The demo: a model of 0.1 million parameters that learns to copy within minutes on two CPU cores."""
+
+data = "data/tiny"
+prepare = "repeats"
+
+dim = 64
+n_layers = 2
+n_heads = 2
+hidden_dim = 192
+vocab_size = 65  # an alphabet of 64 characters, and bos
+seq_len = 128
+
+batch_size = 16
+micro_batch_size = 16
+max_steps = 4000
+learning_rate = 3e-3
+warmup_steps = 100
+schedule = "wsd"
+beta2 = 0.99
+weight_decay = 0.0  # at this size 0.1 stalls copying
+
+eval_interval = 100
+eval_batches = 8
+copy_eval_interval = 100
+log_interval = 100
+ckpt_interval = 1000

@@ -1,0 +1,44 @@
+"""One thread per process: faster and steadier for models this small, and two test processes fit two cores."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from data.bins import Writer
+from data.vocab import Chars, to_meta
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):
+    """A prepared folder of rows that each hold one random segment twice, bos before each: windows of `length`."""
+    words = Chars(alphabet)
+    rng = np.random.default_rng(seed)
+    with Writer(folder, words.size) as writer:
+        for i in range(rows):
+            segment = rng.integers(alphabet, size=length // 2)
+            row = np.concatenate(([words.bos], segment, segment))[:length]
+            writer.add("val" if i % 8 == 0 else "train", row, n_bytes=length - 1)
+        entry, files = to_meta(words)
+        meta = {"tokenizer": entry, "bos_id": words.bos, "eos_id": None, "source": {"arguments": {}}}
+        writer.commit(meta, files)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture
+def settings(dataset, tmp_path):
+    """Settings of a run of a second or two."""
+    return dict(
+        data=str(dataset), out_dir=str(tmp_path / "run"), dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=17,
+        seq_len=31, batch_size=8, micro_batch_size=8, max_steps=6, learning_rate=1e-2, warmup_steps=2, eval_interval=3,
+        eval_batches=2, copy_eval_interval=0, log_interval=1, ckpt_interval=3, device="cpu",
+    )  # fmt: skip

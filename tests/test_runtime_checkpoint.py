@@ -1,0 +1,90 @@
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+
+from runtime import checkpoint
+from runtime.checkpoint import CheckpointError
+
+STATE = {
+    "model": {"w": torch.arange(1000.0)},
+    "step": 7,
+    "config": {"dim": 1, "data": "x"},
+    "tokenizer": {"kind": "sentencepiece", "model": bytes(range(256))},
+}
+
+
+def test_what_is_saved_is_what_loads(tmp_path):
+    checkpoint.save(tmp_path / "ckpt.pt", STATE)
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        state = checkpoint.load(path)
+        assert torch.equal(state.pop("model")["w"], STATE["model"]["w"])
+        assert state == {k: v for k, v in STATE.items() if k != "model"}
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_a_failed_save_leaves_the_checkpoint_before(tmp_path):
+    checkpoint.save(tmp_path / "ckpt.pt", STATE)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(tmp_path / "ckpt.pt", STATE | {"bad": lambda: 0})
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
+    path = tmp_path / "x.pt"
+    cases = {"text": b"hello", "empty": b"", "pickle": pickle.dumps({"model": 1})}
+    for data in cases.values():
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"x.pt: not a checkpoint"):
+            checkpoint.load(path)
+    torch.save({"a": 1}, path)
+    with pytest.raises(CheckpointError, match="it has no config, model, step, tokenizer"):
+        checkpoint.load(path)
+    torch.save([1], path)
+    with pytest.raises(CheckpointError, match="it has no"):
+        checkpoint.load(path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        checkpoint.load(tmp_path / "nothing.pt")
+
+
+def test_a_flipped_byte_and_a_cut_file_are_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, STATE)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        info = max(file.infolist(), key=lambda i: i.file_size)
+    at = whole.index(STATE["model"]["w"].numpy().tobytes()) + 100
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert torch.load(path, weights_only=True)["step"] == 7  # torch itself does not notice
+    with pytest.raises(CheckpointError, match=info.filename):
+        checkpoint.load(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save(STATE | {"model": Hostile()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError):
+        checkpoint.load(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_newest_n_are_kept(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path / "ckpt.pt", STATE | {"step": step})
+        checkpoint.keep(tmp_path, step, 2)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_4.pt", "ckpt_5.pt"]
+    steps = [checkpoint.load(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_4.pt", "ckpt_5.pt")]
+    assert steps == [5, 4, 5]
+
+
+def test_milestones_are_powers_of_two_then_thousands():
+    assert [s for s in range(3001) if checkpoint.is_milestone(s)] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 2000, 3000]

@@ -1,0 +1,111 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runtime.config import ROOT, Config, ConfigError, from_dict, load, parse, usage
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_llama162m():
+    c = load([])
+    assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.hidden_dim, c.vocab_size, c.seq_len) == (
+        768, 12, 12, 12, 3072, 32000, 1024
+    )  # fmt: skip
+    assert c.model() == Config().model()
+
+
+def test_every_shipped_config_loads_and_names_its_run_directory():
+    for path in (ROOT / "configs").glob("*.py"):
+        assert load([str(path)]).out_dir == str(ROOT / "runs" / path.stem)
+
+
+def test_command_line_wins_over_file(tmp_path):
+    path = write(tmp_path, "dim = 64\nn_heads = 2\nseed = 3\n")
+    assert (load([path, "--seed=4"]).seed, load([path]).seed, load([path]).dim) == (4, 3, 64)
+
+
+def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(tmp_path):
+    c = load([write(tmp_path, 'data = "data/x"'), "--out_dir=here"])
+    assert c.data == str(ROOT / "data/x") and c.out_dir == "here"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learing_rate=1e-3"], ["learing_rate", "did you mean learning_rate"]),
+        (["--zzz=1"], ["zzz", "--help"]),
+        (["--max_steps=many"], ["max_steps=many", "int"]),
+        (["--max_steps=1.5"], ["max_steps=1.5", "int"]),
+        (["--max_steps"], ["--max_steps", "--name=value"]),
+        (["--tie_embeddings=yes"], ["tie_embeddings=yes", "true, false"]),
+        (["--schedule=linear"], ["schedule=linear", "cosine"]),
+        (["--learning_rate=nan"], ["learning_rate=nan"]),
+        (["--dim=100"], ["dim=100", "n_heads=12"]),
+        (["--n_kv_heads=5"], ["n_heads=12", "n_kv_heads=5"]),
+        (["--dim=36", "--n_heads=12"], ["dim=36", "even"]),
+        (["--vocab_size=70000"], ["vocab_size=70000", "65536"]),
+        (["--batch_size=0"], ["batch_size=0", "at least 1"]),
+        (["--attn_dropout=1"], ["attn_dropout=1.0", "below 1"]),
+        (["--warmup_steps=9", "--max_steps=5"], ["warmup_steps=9", "max_steps=5"]),
+        (["nowhere.py"], ["nowhere.py", "configs/tiny.py"]),
+        (["a.py", "b.py"], ["one config file"]),
+    ],
+)
+def test_each_mistake_is_one_line_that_names_the_setting_and_the_remedy(argv, words):
+    with pytest.raises(ConfigError) as e:
+        load(argv)
+    assert "\n" not in str(e.value)
+    for word in words:
+        assert word in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learing_rate = 1e-2", ["learing_rate", "learning_rate"]),
+        ("dim = '64'", ["dim='64'", "int"]),
+        ("max_steps = 1e3", ["max_steps=1000.0", "int"]),
+        ("tie_embeddings = 1", ["tie_embeddings=1", "bool"]),
+        ("data = 3", ["data=3", "str"]),
+        ("dim = = 3", ["mine.py:1", "SyntaxError"]),
+        ("dim = 8\nx = 1 / 0", ["mine.py:2", "ZeroDivisionError"]),
+    ],
+)
+def test_each_mistake_in_a_file_is_one_line(tmp_path, text, words):
+    with pytest.raises(ConfigError) as e:
+        load([write(tmp_path, text)])
+    assert "\n" not in str(e.value)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_whole_numbers_may_be_written_as_floats_and_names_of_the_file_begin_with_an_underscore(tmp_path):
+    assert parse("max_steps", "2e3") == 2000 and parse("max_steps", str(2**60 + 1)) == 2**60 + 1
+    assert load([write(tmp_path, "import math\n_k = 8\ndim = _k * 12\nnorm_eps = 1")]).norm_eps == 1.0
+
+
+def test_a_config_survives_json(tmp_path):
+    import dataclasses
+    import json
+
+    c = load(["--n_kv_heads=4", "--tie_embeddings=true"])
+    assert from_dict(json.loads(json.dumps(dataclasses.asdict(c)))) == c
+
+
+def test_help_names_every_field_in_under_a_second_and_without_torch():
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # An import of torch alone takes several seconds, so twice the promise still tells, on a machine busy with tests.
+    assert time.perf_counter() - started < 2
+    assert done.stdout == usage() + "\n"
+    for name in Config.__dataclass_fields__:
+        assert f"--{name} " in done.stdout
+    code = "import sys, runtime.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,295 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import bins
+from kernels import eager
+from model import Llama
+from runtime import checkpoint, distributed, metrics
+from runtime.config import ROOT, Config, ConfigError, from_dict
+from tests.conftest import write_dataset
+
+WORLD = distributed.World(0, 1, torch.device("cpu"))
+
+
+def run(settings, **changes) -> list[dict]:
+    """Trains in this process; the rows of metrics.jsonl."""
+    config = from_dict(settings | changes)
+    assert train.train(config, WORLD) == 0
+    return metrics.read(Path(config.out_dir) / "metrics.jsonl")
+
+
+def weights(settings, **changes):
+    return checkpoint.load((settings | changes)["out_dir"])["model"]
+
+
+def losses(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def cli(*args, cwd=ROOT, **kwargs):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], cwd=cwd, capture_output=True, text=True, **kwargs)
+
+
+def flags(settings, **changes):
+    return [f"--{k}={v}" for k, v in (settings | changes).items()]
+
+
+def test_a_run_leaves_its_directory_as_documented(settings):
+    rows = run(settings, ckpt_keep=2, ckpt_milestones=True, ckpt_interval=2, copy_eval_interval=3, seq_len=127)
+    out = Path(settings["out_dir"])
+    assert sorted(p.name for p in out.iterdir()) == [
+        "ckpt.pt", "ckpt_4.pt", "ckpt_6.pt", "config.json", "metrics.jsonl",
+        "milestone_1.pt", "milestone_2.pt", "milestone_4.pt",
+    ]  # fmt: skip
+    assert [row["step"] for row in rows] == list(range(7))
+    assert rows[3].keys() >= {"tokens", "loss", "lr", "grad_norm", "tokens_per_s", "eta_s", "val_loss", "induction_max"}
+    assert rows[3].keys() >= {"copy_exact_full", "copy_token_full", "copy_exact_hex16", "copy_token_hex16"}
+    assert "mfu" not in rows[3] and rows[3]["tokens"] == 3 * 8 * 127
+    state = checkpoint.load(out)
+    assert state["step"] == 6 and state["data_fingerprint"] == bins.fingerprint(settings["data"])
+    assert json.loads((out / "config.json").read_text()) == state["config"]
+    assert "optimizer" not in checkpoint.load(out / "milestone_2.pt")
+
+
+def test_exactly_max_steps_updates_are_made_and_the_last_is_saved(settings, monkeypatch):
+    calls, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (calls.append(1), step(self, *a)))
+    run(settings, max_steps=5)
+    assert len(calls) == 5 and checkpoint.load(settings["out_dir"])["step"] == 5
+
+
+def test_one_batch_is_learnt_by_heart(tmp_path, settings):
+    data = write_dataset(tmp_path / "one", rows=32, length=32)
+    n = bins.Bin(data / "train.bin", 31, 17).n_windows
+    rows = run(settings, data=str(data), dim=64, batch_size=n, micro_batch_size=n, max_steps=150, log_interval=50)
+    assert losses(rows)[0] > 2.5 and losses(rows)[-1] < 0.05
+
+
+def test_accumulation_gives_the_gradient_and_loss_of_the_whole_batch(settings, tmp_path):
+    one = run(settings, max_steps=3, grad_clip=0.1)
+    four = run(settings, max_steps=3, grad_clip=0.1, micro_batch_size=2, out_dir=str(tmp_path / "b"))
+    for a, b in zip(one[1:], four[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_the_logged_loss_and_norm_are_those_of_the_full_batch_before_the_update(settings):
+    rows = run(settings, max_steps=1, warmup_steps=1, micro_batch_size=2)
+    config = from_dict(settings | {"max_steps": 1, "warmup_steps": 1})
+    torch.manual_seed(config.seed)
+    model = Llama(config.model(), eager)
+    train_bin = bins.Bin(Path(config.data) / "train.bin", config.seq_len, config.vocab_size)
+    window = torch.from_numpy(train_bin.windows(bins.order(config.seed, 0, train_bin.n_windows)[:8]))
+    loss = model(window[:, :-1], window[:, 1:])
+    loss.backward()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    assert rows[1]["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert rows[1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_measuring_does_not_change_training(settings, tmp_path):
+    run(settings, eval_interval=1, copy_eval_interval=2, seq_len=127)
+    quiet = dict(eval_interval=0, copy_eval_interval=0, seq_len=127, out_dir=str(tmp_path / "quiet"))
+    run(settings, **quiet)
+    assert equal(weights(settings), weights(settings, **quiet))
+
+
+@pytest.mark.parametrize("extra", [{}, {"attn_dropout": 0.2, "schedule": "cosine"}], ids=["plain", "dropout"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extra):
+    whole = dict(out_dir=str(tmp_path / "whole"), max_steps=10, ckpt_interval=4) | extra
+    rows = run(settings, **whole)
+    (tmp_path / "run").mkdir()
+    run(settings, **whole | {"out_dir": settings["out_dir"], "ckpt_keep": 9})
+    cut = Path(settings["out_dir"])
+    (cut / "ckpt_4.pt").replace(cut / "ckpt.pt")  # as after a kill past step 4
+    again = run(settings, **whole | {"out_dir": settings["out_dir"]})
+    assert equal(weights(settings), weights(settings, **whole))
+    strip = lambda rows: [{k: r[k] for k in r if k not in ("ms", "tokens_per_s", "eta_s")} for r in rows]  # noqa: E731
+    assert strip(again) == strip(rows)
+
+
+def test_a_finished_run_is_left_as_it_is(settings):
+    run(settings)
+    before = (Path(settings["out_dir"]) / "ckpt.pt").stat().st_mtime_ns
+    run(settings)
+    assert (Path(settings["out_dir"]) / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_resume_refuses_other_settings_and_other_data_by_name(settings, tmp_path):
+    run(settings)
+    before = (Path(settings["out_dir"]) / "ckpt.pt").read_bytes()
+    with pytest.raises(ConfigError, match="seed 0 -> 1, .*learning_rate 0.01 -> 0.1"):
+        run(settings, seed=1, learning_rate=0.1)
+    with pytest.raises(ConfigError, match="the data in"):
+        run(settings, data=str(write_dataset(tmp_path / "other", seed=5)))
+    assert (Path(settings["out_dir"]) / "ckpt.pt").read_bytes() == before
+    assert len(run(settings, max_steps=8, log_interval=2)) == 9  # rows 0..6 were there
+    assert losses(run(settings, resume="none", seed=1, max_steps=2))[0] != losses(run(settings, resume="none", max_steps=2))[0]
+
+
+def test_the_seed_decides_the_run_and_nothing_else_does(settings, tmp_path):
+    runs = [run(settings, seed=s, out_dir=str(tmp_path / f"{i}")) for i, s in enumerate((0, 0, 1))]
+    assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
+
+
+def test_a_non_finite_loss_ends_the_run_before_it_is_saved(settings):
+    with pytest.raises(train.RunFailed, match="step .*nan"):
+        run(settings, learning_rate=1e30, grad_clip=0.0, warmup_steps=0, max_steps=50, ckpt_interval=7)
+    saved = Path(settings["out_dir"]) / "ckpt.pt"
+    assert not saved.exists() or all(p.isfinite().all() for p in checkpoint.load(saved)["model"].values())
+
+
+def test_sigterm_saves_and_exits_with_3_and_the_run_goes_on(settings):
+    endless = flags(settings, max_steps=100000, ckpt_interval=100000)
+    process = subprocess.Popen([sys.executable, "train.py", *endless], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 3 and "the same command goes on from there" in rest
+    step = checkpoint.load(settings["out_dir"])["step"]
+    assert 0 < step < 100000
+    assert len(run(settings, max_steps=step + 2, ckpt_interval=100000)) == step + 3
+
+
+def test_learning_rate_at_its_edges():
+    c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, schedule="cosine")
+    at = lambda step, c=c: train.learning_rate(step, c)  # noqa: E731
+    assert (at(1), at(5), at(10)) == (0.1, 0.5, 1.0)
+    assert at(60) == pytest.approx(0.55) and at(110) == pytest.approx(0.1) and at(111) == pytest.approx(0.1)
+    none = Config(learning_rate=1.0, warmup_steps=0, max_steps=10, schedule="cosine")
+    assert at(1, none) == pytest.approx(0.5 * (1 + math.cos(math.pi / 10)))
+    only = Config(learning_rate=1.0, warmup_steps=10, max_steps=10, schedule="cosine")
+    assert at(10, only) == 1.0 and at(11, only) == 0.0
+    flat = Config(learning_rate=1.0, warmup_steps=2, max_steps=10)
+    assert {at(s, flat) for s in range(2, 11)} == {1.0}
+    wsd = Config(learning_rate=1.0, warmup_steps=2, max_steps=10, schedule="wsd")
+    assert [at(s, wsd) for s in (2, 8, 9, 10)] == [1.0, 1.0, 0.5, 0.0]
+
+
+def test_each_parameter_is_in_one_group_and_only_matrices_decay():
+    for tie in (False, True):
+        config = Config(dim=16, n_heads=2, n_layers=2, hidden_dim=8, vocab_size=9, tie_embeddings=tie, weight_decay=0.1)
+        model = Llama(config.model(), eager)
+        decayed, kept = train.make_optimizer(model, config, torch.device("cpu")).param_groups
+        assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+        ids = [id(p) for p in decayed["params"] + kept["params"]]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
+        assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in kept["params"])
+
+
+def test_dropout_seeds_depend_on_the_position_in_the_run_alone():
+    config = Config(attn_dropout=0.1, batch_size=8)
+    cpu = torch.device("cpu")
+    whole = train.dropout_seeds(config, 16, 8, cpu)
+    parts = torch.cat([train.dropout_seeds(config, i, 2, cpu) for i in range(16, 24, 2)])
+    assert torch.equal(whole, parts) and len(set(whole.tolist())) == 8
+    assert not torch.equal(whole, train.dropout_seeds(config, 24, 8, cpu))
+    assert train.dropout_seeds(Config(), 0, 8, cpu) is None
+
+
+def test_repeated_marks_the_ends_of_trigrams_seen_before_in_the_window():
+    ids = np.array([[1, 2, 3, 4, 1, 2, 3, 4, 9], [5, 5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    targets = [[0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1], [0] * 8]
+    assert train.repeated(ids).astype(int).tolist() == targets
+    large = np.full((1, 5), 65535) - np.array([0, 0, 0, 1, 0])
+    assert train.repeated(large).tolist() == [[False] * 4]
+
+
+def test_validation_is_the_mean_over_tokens_of_fixed_windows(settings):
+    config = from_dict(settings | {"eval_batches": 100})
+    model = Llama(config.model(), eager)
+    val = bins.Bin(Path(config.data) / "val.bin", config.seq_len, config.vocab_size)
+    got = train.validate(model, val, config, 3, WORLD)
+    assert got == train.validate(model, val, config, 3, WORLD)
+    ids = torch.from_numpy(val.windows(np.arange(val.n_windows)))
+    each = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    again = torch.from_numpy(train.repeated(ids.numpy())).flatten()
+    assert got["val_loss"] == pytest.approx(each.mean().item(), abs=1e-6)
+    assert got["val_loss_repeated"] == pytest.approx(each[again].mean().item(), abs=1e-6)
+    assert got["val_loss_new"] == pytest.approx(each[~again].mean().item(), abs=1e-6)
+
+
+def test_bins_without_a_meta_train(settings, tmp_path):
+    for split in bins.SPLITS:
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        (tmp_path / "plain" / f"{split}.bin").write_bytes((Path(settings["data"]) / f"{split}.bin").read_bytes())
+    rows = run(settings, data=str(tmp_path / "plain"))
+    assert "val_loss" in rows[3] and "val_bpb" not in rows[3]
+
+
+def test_compiled_blocks_give_the_same_losses(settings, tmp_path, monkeypatch):
+    """Traced and differentiated ahead of time, with no code generated: that would need a C++ compiler and a minute."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile(self, backend="aot_eager", **kw))
+    plain = run(settings, max_steps=3)
+    compiled = run(settings, max_steps=3, compile="on", out_dir=str(tmp_path / "compiled"))
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
+    assert weights(settings).keys() == weights(settings, out_dir=str(tmp_path / "compiled")).keys()
+
+
+def test_bf16_activations_train_fp32_weights(settings):
+    rows = run(settings, dtype="bf16", max_steps=3)
+    assert all(p.dtype == torch.float32 for p in weights(settings).values()) and losses(rows)[-1] < losses(rows)[0]
+
+
+MISTAKES = {
+    "no data": (lambda s, t: flags(s, data=t / "none"), ["train.bin", "not found", "python -m data.prepare"]),
+    "typo": (lambda s, t: flags(s) + ["--lerning_rate=1"], ["lerning_rate", "learning_rate"]),
+    "vocabulary": (lambda s, t: flags(s, vocab_size=16), ["vocab_size=16", "--vocab_size=17"]),
+    "heads": (lambda s, t: flags(s, n_heads=3), ["dim=16", "n_heads=3"]),
+    "short context": (lambda s, t: flags(s, copy_eval_interval=1), ["seq_len=31", "too short", "54"]),
+    "micro batch": (lambda s, t: flags(s, micro_batch_size=3), ["micro_batch_size=3", "8 sequences"]),
+    "no checkpoint": (lambda s, t: flags(s, resume=t / "x.pt"), ["x.pt", "no such checkpoint"]),
+    "device": (lambda s, t: flags(s, device="cudda"), ["device=cudda", "auto, cuda, mps or cpu"]),
+    "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["out of memory", "--micro_batch_size=4"]),
+    "long window": (lambda s, t: flags(s, seq_len=10**6), ["tokens", "--seq_len="]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_mistake_ends_with_status_2_and_one_line_and_writes_nothing(settings, tmp_path, name):
+    make, words = MISTAKES[name]
+    done = cli(*make(settings, tmp_path), stdin=subprocess.DEVNULL)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not Path(settings["out_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"", ["empty"]), (b"abc", ["3 bytes"]), (b"\xff\xff" * 400, ["65535", "--vocab_size=65536"])],
+    ids=["empty", "odd", "ids"],
+)
+def test_a_bad_bin_ends_with_status_2_and_one_line(settings, tmp_path, data, words):
+    (tmp_path / "bad").mkdir()
+    for split in bins.SPLITS:
+        (tmp_path / "bad" / f"{split}.bin").write_bytes(data)
+    done = cli(*flags(settings, data=tmp_path / "bad"))
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    for word in ["train.bin", *words] if data != b"\xff\xff" * 400 else words:
+        assert word in done.stderr
+
+
+def test_a_run_works_from_another_folder(settings, tmp_path):
+    assert cli(*flags(settings, max_steps=1, warmup_steps=1, eval_interval=0), cwd=tmp_path).returncode == 0
+    started = time.perf_counter()
+    done = cli("configs/tiny.py", cwd=tmp_path)
+    assert done.returncode == 2 and "configs/tiny.py: no such config file" in done.stderr
+    assert time.perf_counter() - started < 2  # refused before torch is imported
