@@ -140,7 +140,7 @@ class Llama(nn.Module):
         for block in self.blocks:
             q, k, _ = block.attention.qkv(self.ops.rms_norm(x, block.attention_norm, block.eps), rope)
             yield self.ops.attention_probs(q, k)
-            x = block(x, rope)
+            x = block.forward(x, rope)
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=0.0, stop=None):

@@ -74,9 +74,10 @@ def swiglu(gate_up):
 
 
 def linear_cross_entropy(x, weight, targets):
-    """Mean of -log softmax(x weight^T)[target] over the targets that are not -100.
+    """Mean of -log softmax(x weight^T)[target] over the targets that are not -100, in nats; NaN where all are.
 
-    x (N, D), weight (V, D), targets (N,) int64 -> scalar.
+    x (N, D), weight (V, D), targets (N,) int64 -> scalar. The logits round to the dtype of x, as the product of two
+    matrices does; what follows is fp32.
     """
     return F.cross_entropy(_up(F.linear(x, weight)), targets)
 

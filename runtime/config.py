@@ -62,7 +62,7 @@ class ModelConfig:
         _check(self, "vocab_size", self.vocab_size <= 65536, "must fit uint16 tokens: at most 65536")
         _check(self, "rope_theta", self.rope_theta > 0, "must be above 0")
         _check(self, "norm_eps", self.norm_eps > 0, "must be above 0")
-        _check(self, "attn_dropout", 0 <= self.attn_dropout < 1, "must be at least 0 and below 1")
+        _check(self, "attn_dropout", 0 <= self.attn_dropout <= 255 / 256, "must lie in 0..255/256")
 
     @property
     def head_dim(self) -> int:
@@ -138,7 +138,8 @@ def load(argv: list[str]) -> Config:
     if len(files) > 1:
         raise ConfigError(f"{' '.join(files)}: one config file at a time; settings are written --name=value")
     path = Path(files[0]) if files else ROOT / "configs/llama162m.py"
-    values = {"out_dir": f"runs/{path.stem}"} | read_file(path)
+    values = read_file(path)
+    values["out_dir"] = values.get("out_dir") or f"runs/{path.stem}"
     values |= {name: str(ROOT / values[name]) for name in PATHS if isinstance(values.get(name), str)}
     for arg in argv:
         if arg.startswith("-"):

@@ -1,0 +1,24 @@
+# Each command does all its own set-up and is safe to repeat. PYTHON: 3.10 to 3.13.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/python -m data.prepare repeats --out=data/tiny
+	$(BIN)/python train.py configs/tiny.py
+	$(BIN)/python eval_copy.py runs/tiny --plot runs/tiny/copy.png
+	@echo "next: $(BIN)/python eval_copy.py runs/tiny/ckpt.pt --prompt 'the quick brown fox jumps. the qui'"
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

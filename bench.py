@@ -1,0 +1,165 @@
+"""The numbers in the README come from here.
+
+    python bench.py train --device=cpu      training, against a plain model of the same shape, at the tiny and pycode shapes
+
+Both are run in turn, each time in a process of its own, so that what slows the machine down slows both. The plain model
+is what one writes first: separate q, k, v, gate and up projections, torch's own functions, AdamW with its defaults.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train
+from kernels import eager
+from model import Llama, rotary_table
+from runtime import distributed
+from runtime.config import ROOT, Config, load
+
+SHAPES = ("tiny", "pycode")
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim, self.eps = c.head_dim, c.norm_eps
+        kv = c.n_kv_heads * c.head_dim
+        self.q, self.o = (nn.Linear(c.dim, c.dim, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(c.dim, kv, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(c.dim, c.hidden_dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.norm1, self.norm2 = (nn.Parameter(torch.ones(c.dim)) for _ in range(2))
+
+    def forward(self, x, cos, sin):
+        h = F.rms_norm(x, x.shape[-1:], self.norm1, self.eps)
+        q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, Dh)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        h = F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class PlainLlama(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.eps, self.rope = c.norm_eps, rotary_table(c, "cpu")
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.blocks = nn.ModuleList(PlainBlock(c) for _ in range(c.n_layers))
+        self.norm = nn.Parameter(torch.ones(c.dim))
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+
+    def forward(self, tokens, targets):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, *self.rope)
+        x = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+
+
+def tokens_per_second(c: Config, ours: bool, seconds: float) -> float:
+    """Whole training steps on random tokens for about `seconds`; the median step's rate."""
+    device = torch.device("cpu")
+    if ours:
+        device = distributed.pick_device("cpu")
+        model = Llama(c.model(), eager)
+        optimizer = train.make_optimizer(model, c, device)
+    else:
+        model = PlainLlama(c)
+        optimizer = torch.optim.AdamW(model.parameters())
+    windows = np.random.default_rng(0).integers(c.vocab_size, size=(c.batch_size, c.seq_len + 1))
+    x, y = train.on_device(windows, device)
+
+    def step():
+        optimizer.zero_grad()
+        model(x, y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+
+    times = []
+    for _ in range(3):
+        step()
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(times) < 5:
+        before = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - before)
+    return c.batch_size * c.seq_len / statistics.median(times)
+
+
+def bench_train(args) -> dict:
+    """For each shape, `rounds` pairs of processes; the ratio is of the two in a pair."""
+    result = {}
+    for shape in args.shapes:
+        pairs = []
+        for _ in range(args.rounds):
+            pair = []
+            for who in ("plain", "ours"):
+                command = [sys.executable, __file__, "train", "--device=cpu", f"--one={who}", "--shapes", shape]
+                pair.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+            pairs.append(pair)
+            print(f"{shape}: plain {pair[0]:,.0f} tok/s, ours {pair[1]:,.0f} tok/s, ratio {pair[1] / pair[0]:.2f}", flush=True)
+        plain, ours = (statistics.median(p[i] for p in pairs) for i in (0, 1))
+        ratios = sorted(b / a for a, b in pairs)
+        result[shape] = {"plain_tokens_per_s": plain, "tokens_per_s": ours, "ratio": statistics.median(ratios)}
+        result[shape] |= {"ratio_least": ratios[0], "ratio_most": ratios[-1], "rounds": args.rounds}
+    return result
+
+
+def machine() -> dict:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        if cpuinfo.exists()
+        else []
+    )
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python bench.py", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("train",))
+    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs per shape (default: 5)")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    parser.add_argument("--one", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(tokens_per_second(load([str(ROOT / f"configs/{args.shapes[0]}.py")]), args.one == "ours", seconds=6))
+        return 0
+    result = {"machine": machine(), "train": bench_train(args)}
+    for shape, r in result["train"].items():
+        print(
+            f"{shape}: {r['tokens_per_s']:,.0f} tok/s, {r['ratio']:.2f} times the plain model "
+            f"({r['ratio_least']:.2f} to {r['ratio_most']:.2f} over {r['rounds']} rounds)"
+        )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

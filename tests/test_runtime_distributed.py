@@ -1,0 +1,51 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import metrics
+from runtime.config import ROOT
+from tests.conftest import write_dataset
+
+
+def rows(settings, ranks=1, **changes):
+    args = [f"--{k}={v}" for k, v in (settings | changes).items()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "train.py"]
+    command = [sys.executable, "train.py"] if ranks == 1 else launcher
+    done = subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("tokens per update") == 1  # rank 0 alone prints
+    return metrics.read(Path((settings | changes)["out_dir"]) / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_two_ranks_give_the_losses_of_one(settings, tmp_path, dropout):
+    """Over 100 steps in fp32 only the order of the sums differs, which rounding keeps below 1e-5. Two passes a rank: the
+    gradients meet on the last one.
+    """
+    settings = settings | dict(max_steps=100, learning_rate=1e-3, eval_interval=50, ckpt_interval=100, attn_dropout=dropout)
+    one = rows(settings)
+    two = rows(settings, ranks=2, micro_batch_size=2, out_dir=str(tmp_path / "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(101))
+    for name in ("loss", "val_loss", "val_loss_repeated"):
+        a, b = ([r[name] for r in run if name in r] for run in (one, two))
+        assert len(a) == (100 if name == "loss" else 3)
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5, name
+
+
+def test_validation_with_fewer_windows_than_ranks_and_a_resume_on_another_number_of_ranks(settings, tmp_path):
+    data = write_dataset(tmp_path / "small", rows=16, length=32)  # two rows to validate: one window
+    settings = settings | dict(data=str(data), max_steps=2, ckpt_interval=2, eval_interval=1)
+    two = rows(settings, ranks=2)
+    assert len([r for r in two if math.isfinite(r.get("val_loss", math.nan))]) == 3
+    on = rows(settings, max_steps=3)
+    assert [r["step"] for r in on] == [0, 1, 2, 3]
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(settings):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    args = [f"--{k}={v}" for k, v in (settings | {"batch_size": 7, "micro_batch_size": 1}).items()]
+    done = subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("batch_size=7: must be a multiple of the 2 ranks") == 1
