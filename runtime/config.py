@@ -115,7 +115,6 @@ class Config(ModelConfig):
             _check(self, name, getattr(self, name) >= 0, "must be at least 0")
         _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
         _check(self, "min_lr", 0 <= self.min_lr <= self.learning_rate, f"must lie in 0..learning_rate={self.learning_rate}")
-        _check(self, "warmup_steps", self.warmup_steps <= self.max_steps, f"must not exceed max_steps={self.max_steps}")
         for name in ("beta1", "beta2"):
             _check(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
 
@@ -152,11 +151,11 @@ def load(argv: list[str]) -> Config:
 
 def read_file(path: Path) -> dict:
     """The names that a config file assigns. Names that begin with _ and imported modules are its own."""
+    if not path.is_file():
+        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
+        raise ConfigError(f"{path}: no such config file; here are {have}")
     try:
         names = runpy.run_path(str(path))
-    except FileNotFoundError as e:
-        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
-        raise ConfigError(f"{e.filename}: no such config file; here are {have}") from None
     except Exception as e:
         line = next((f":{t.lineno}" for t in reversed(_frames(e)) if t.filename == str(path)), "")
         raise ConfigError(f"{path}{line}: {type(e).__name__}: {e}") from None

@@ -1,6 +1,7 @@
 """One thread per process: faster and steadier for models this small, and two test processes fit two cores."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,6 +28,15 @@ def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):
         meta = {"tokenizer": entry, "bos_id": words.bos, "eos_id": None, "source": {"arguments": {}}}
         writer.commit(meta, files)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """A run in this process takes SIGINT and SIGTERM over; the test session wants them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,9 @@ def save(path, model, words, step=3):
 def test_the_hand_built_induction_model_scores_1_and_its_two_heads_are_found():
     words = Bytes()
     model, previous, induction = induction_model(words.size, 1024, words.bos)
-    test = eval_copy.make_test(words, "full", 1024, samples=40)
+    test = eval_copy.make_test(words, "full", 1024, samples=20)
     scores = eval_copy.copy_scores(model, test)
-    assert scores["exact"] == scores["token"] == scores["first"] == 1.0 and scores["queries"] == 400
+    assert scores["exact"] == scores["token"] == scores["first"] == 1.0 and scores["queries"] == 200
     assert scores["exact_by_sequence"] == {i: 1.0 for i in range(5, 51, 5)}
     heads = eval_copy.head_scores(model, words)
     for name, head in (("induction", induction), ("previous", previous)):
@@ -154,11 +154,7 @@ def test_kgram_ceilings_of_the_papers_layout():
     assert eval_copy.kgram_ceiling(full, 1) == pytest.approx(0.94, abs=0.04) and eval_copy.kgram_ceiling(full, 2) > 0.99
 
 
-def run(*args, **kwargs):
-    return subprocess.run([sys.executable, "eval_copy.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kwargs)
-
-
-def test_the_command_prints_a_table_and_writes_json_and_a_picture(tmp_path):
+def test_the_command_prints_a_table_and_writes_json_and_a_picture(tmp_path, capsys):
     words = Chars(20)
     out = tmp_path / "a run"  # a path with a space
     out.mkdir()
@@ -166,12 +162,12 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(tmp_path):
     rows = [{"step": s, "tokens": s, "val_loss": 3.0, "val_loss_new": 3.1, "copy_exact_full": 0.1 * s} for s in range(4)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = ["--samples=20", "--json", tmp_path / "s.json", "--plot", tmp_path / "p.png"]
-    done = run(out, out / "ckpt.pt", *args, "--alphabet", "full", "4")
-    assert done.returncode == 0, done.stderr
-    assert "4 sequences of 12+6 tokens, 4 of them asked, 20 samples: 80 queries" in done.stdout
+    assert eval_copy.main([str(a) for a in (out, out / "ckpt.pt", *args, "--alphabet", "full", "4")]) == 0
+    printed = capsys.readouterr().out
+    assert "4 sequences of 12+6 tokens, 4 of them asked, 20 samples: 80 queries" in printed
     scores = json.loads((tmp_path / "s.json").read_text())
     assert len(scores) == 2 and scores[0]["step"] == 3 and set(scores[0]["copy"]) == {"full", "4"}
-    assert f"{scores[0]['copy']['4']['token']:.3f}" in done.stdout
+    assert f"{scores[0]['copy']['4']['token']:.3f}" in printed
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -180,11 +176,12 @@ def test_the_prompt_is_gone_on_with(tmp_path):
     model, _, _ = induction_model(words.size, 256, words.bos)
     save(tmp_path / "ckpt.pt", model, words)
     text = "the quick brown fox jumps. the qui"
-    done = run(tmp_path / "ckpt.pt", "--prompt", text)
+    command = [sys.executable, "eval_copy.py", str(tmp_path / "ckpt.pt"), "--prompt", text]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(text + "ck brown fox jumps. the quick brown fox jumps.")
 
 
-def test_each_mistake_ends_with_status_2_and_one_line(tmp_path):
+def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
     words = Chars(20)
     save(tmp_path / "ckpt.pt", small_model(words), words)
     save(tmp_path / "short.pt", small_model(words, seq_len=40), words)
@@ -204,6 +201,6 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path):
         (["ckpt.pt", "--samples=1", "--json", str(tmp_path / "no/x.json")], "no/x.json"),
     ]
     for (name, *args), words in cases:
-        done = run(tmp_path / name, *args)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert eval_copy.main([str(tmp_path / name), *args]) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.strip().splitlines()) == 1

@@ -53,7 +53,6 @@ def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(
         (["--vocab_size=70000"], ["vocab_size=70000", "65536"]),
         (["--batch_size=0"], ["batch_size=0", "at least 1"]),
         (["--attn_dropout=1"], ["attn_dropout=1.0", "255/256"]),
-        (["--warmup_steps=9", "--max_steps=5"], ["warmup_steps=9", "max_steps=5"]),
         (["nowhere.py"], ["nowhere.py", "configs/tiny.py"]),
         (["a.py", "b.py"], ["one config file"]),
     ],
