@@ -11,6 +11,7 @@ import math
 import os
 import runpy
 import sys
+import traceback
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ def load(argv: list[str]) -> Config:
     path = Path(files[0]) if files else ROOT / "configs/llama162m.py"
     values = read_file(path)
     values["out_dir"] = values.get("out_dir") or f"runs/{path.stem}"
-    values |= {name: str(ROOT / values[name]) for name in PATHS if isinstance(values.get(name), str)}
+    values |= {name: os.path.relpath(ROOT / values[name]) for name in PATHS if isinstance(values.get(name), str)}
     for arg in argv:
         if arg.startswith("-"):
             name, equals, text = arg.removeprefix("--").partition("=")
@@ -163,8 +164,6 @@ def read_file(path: Path) -> dict:
 
 
 def _frames(e: BaseException) -> list:
-    import traceback
-
     return [e] if isinstance(e, SyntaxError) else list(traceback.extract_tb(e.__traceback__))
 
 
@@ -179,7 +178,6 @@ def from_dict(values: dict) -> Config:
             _one_of(name, value, typing.get_args(kind))
         elif type(value) is not kind:
             raise ConfigError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
-    assert values.keys() <= kinds.keys()
     return Config(**values)
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_defaults_are_llama162m():
 
 def test_every_shipped_config_loads_and_names_its_run_directory():
     for path in (ROOT / "configs").glob("*.py"):
-        assert load([str(path)]).out_dir == str(ROOT / "runs" / path.stem)
+        assert Path(load([str(path)]).out_dir).resolve() == ROOT / "runs" / path.stem
 
 
 def test_command_line_wins_over_file(tmp_path):
@@ -33,7 +34,7 @@ def test_command_line_wins_over_file(tmp_path):
 
 def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(tmp_path):
     c = load([write(tmp_path, 'data = "data/x"'), "--out_dir=here"])
-    assert c.data == str(ROOT / "data/x") and c.out_dir == "here"
+    assert Path(c.data).resolve() == ROOT / "data/x" and c.out_dir == "here"
 
 
 @pytest.mark.parametrize(

@@ -305,3 +305,18 @@ def test_a_run_works_from_another_folder(settings, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("configs/tiny.py: no such config file")
     assert len(done.stderr.splitlines()) == 1
     assert time.perf_counter() - started < 2  # refused before torch is imported
+
+
+@pytest.mark.parametrize("answer", ["", "n"])
+def test_missing_data_that_needs_no_network_is_offered_on_a_terminal(settings, tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: (asked.append(question), answer)[1])
+    made = dict(data=str(tmp_path / "a set"), prepare="repeats --rows=400 --length=32 --alphabet=16", max_steps=1)
+    if answer == "":
+        assert losses(run(settings, **made))
+    else:
+        with pytest.raises(bins.DataError, match="not found"):
+            run(settings, **made)
+    command = f"python -m data.prepare repeats --rows=400 --length=32 --alphabet=16 '--out={tmp_path}/a set'"
+    assert command in asked[0]
