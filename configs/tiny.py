@@ -5,17 +5,17 @@ prepare = "repeats"
 
 dim = 64
 n_layers = 2
-n_heads = 2
+n_heads = 4
 hidden_dim = 192
 vocab_size = 65  # an alphabet of 64 characters, and bos
 seq_len = 128
 
 batch_size = 16
 micro_batch_size = 16
-max_steps = 4000
-learning_rate = 3e-3
+max_steps = 4500
+learning_rate = 5e-3
 warmup_steps = 100
-schedule = "wsd"
+schedule = "cosine"
 beta2 = 0.99
 weight_decay = 0.0  # at this size 0.1 stalls copying
 
@@ -23,4 +23,4 @@ eval_interval = 100
 eval_batches = 8
 copy_eval_interval = 100
 log_interval = 100
-ckpt_interval = 1000
+ckpt_interval = 500

@@ -67,7 +67,7 @@ def _parts(whole):
         start = end
 
 
-def repeats(alphabet=64, length=128, rows=65536, span_min=32, span_max=64, tiled=0.85, seed=0):
+def repeats(alphabet=64, length=128, rows=75000, span_min=32, span_max=64, tiled=0.85, seed=0):
     """Synthetic rows in which earlier spans come again, so that a model must learn to copy to lower its loss.
 
     A row is one document of length - 1 characters: with bos before it, exactly one window of seq_len=length.
@@ -89,18 +89,15 @@ def repeats(alphabet=64, length=128, rows=65536, span_min=32, span_max=64, tiled
 
 
 def repeat_row(rng, n, alphabet, span_min, span_max, tiled):
-    """One row: n symbols (n,) of 0..alphabet-1.
+    """One row: n symbols (n,) of 0..alphabet-1, all but the first span_min..span_max of them repeated.
 
-    With probability `tiled`, one random segment of span_min..span_max symbols, over and over. Otherwise fresh random
-    symbols and copies of random earlier spans by turns, 8 to 32 of each: there only the match tells what comes next.
+    A random segment comes first. With probability `tiled` it then goes round and round: one match tells the period, and
+    with it all the rest. Otherwise pieces of it of 12 to 40 symbols follow that begin anywhere: each must be matched anew.
     """
+    segment = rng.integers(alphabet, size=rng.integers(span_min, span_max + 1))
     if rng.random() < tiled:
-        return np.resize(rng.integers(alphabet, size=rng.integers(span_min, span_max + 1)), n)
-    row = rng.integers(alphabet, size=n)
-    end = rng.integers(8, 33)
-    while end < n:
-        span = min(rng.integers(8, 33), end, n - end)
-        start = rng.integers(end - span + 1)
-        row[end : end + span] = row[start : start + span]
-        end += span + rng.integers(8, 33)
-    return row
+        return np.resize(segment, n)
+    pieces = [segment]
+    while sum(map(len, pieces)) < n:
+        pieces.append(np.resize(np.roll(segment, -rng.integers(len(segment))), rng.integers(12, 41)))
+    return np.concatenate(pieces)[:n]
