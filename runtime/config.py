@@ -169,7 +169,6 @@ def _frames(e: BaseException) -> list:
 
 def from_dict(values: dict) -> Config:
     """A checked Config. An unknown name is refused with the nearest known one, a wrong type by its name."""
-    kinds = typing.get_type_hints(Config)
     for name, value in values.items():
         kind = _kind(name)
         if kind is float and type(value) is int:
