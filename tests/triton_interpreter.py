@@ -5,6 +5,7 @@ interpreter keeps bf16 as uint16 bit patterns, multiplies those patterns in tl.d
 gives it exact operands and rounding to nearest, ties to even, as on a GPU.
 """
 
+import importlib.util
 import os
 
 import torch
@@ -47,5 +48,5 @@ def patch():
     InterpreterBuilder.create_dot = create_dot
 
 
-if INTERPRETED:
+if INTERPRETED and importlib.util.find_spec("triton"):
     patch()
