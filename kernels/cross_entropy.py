@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 IGNORED = -100  # the target that counts for nothing
+BLOCK, WARPS = 8192, 8
 
 
 @triton.jit
@@ -65,8 +66,8 @@ def loss_and_dlogits(logits, targets, gradient=True):
     N, V = logits.shape
     assert logits.is_contiguous() and targets.is_contiguous()
     losses = logits.new_empty(N, dtype=torch.float32)
-    block = min(8192, triton.next_power_of_2(V))
-    cross_entropy_kernel[(N,)](logits, targets, losses, V, BLOCK=block, GRADIENT=gradient, IGNORED=IGNORED, num_warps=8)
+    block = min(BLOCK, triton.next_power_of_2(V))
+    cross_entropy_kernel[(N,)](logits, targets, losses, V, BLOCK=block, GRADIENT=gradient, IGNORED=IGNORED, num_warps=WARPS)
     return losses
 
 

@@ -79,8 +79,11 @@ def backward_kernel(
     tl.store(dw_ptr + program * D + cols, tl.sum(dw, axis=0, keep_dims=True), mask=cols < D)
 
 
+FORWARD, BACKWARD = 4096, 2048  # elements of work for a program at a time
+
+
 def tile(D, elements):
-    """The block that holds a row, and how many rows make up `elements` of work for a program."""
+    """The block that holds a row, and how many rows make up so many elements."""
     block = triton.next_power_of_2(D)
     return block, max(1, elements // block)
 
@@ -93,7 +96,7 @@ def programs(device):
 def run_forward(x, residual, weight, eps):
     """x, residual (..., D) -> y, and h where there is a residual: fresh, contiguous."""
     D = x.shape[-1]
-    N, (block, rows) = x.numel() // D, tile(D, 4096)
+    N, (block, rows) = x.numel() // D, tile(D, FORWARD)
     y, h = x.new_empty(x.shape), None
     x = x.contiguous()
     if residual is not None:
@@ -107,7 +110,7 @@ def run_forward(x, residual, weight, eps):
 def run_backward(h, weight, dy, dh, eps):
     """The gradients of h (..., D) and weight (D,)."""
     D = h.shape[-1]
-    N, (block, rows) = h.numel() // D, tile(D, 2048)
+    N, (block, rows) = h.numel() // D, tile(D, BACKWARD)
     grid = min(programs(h.device), triton.cdiv(N, rows))
     dx, dw = h.new_empty(h.shape), h.new_empty((grid, D), dtype=torch.float32)
     h, dy, dh = h.contiguous(), dy.contiguous(), None if dh is None else dh.contiguous()

@@ -36,9 +36,7 @@ def some_targets(N, V):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "N, D, V", [(1, 32, 65), (63, 64, 2048), (77, 32, 8193), (5, 32, 32000)]
-)
+@pytest.mark.parametrize("N, D, V", [(1, 32, 65), (63, 64, 2048), (77, 32, 8193), (5, 32, 32000)])
 def test_loss_and_gradients_are_as_near_to_fp64_as_torchs(N, D, V, dtype):
     x, w = randn(N, D, dtype=dtype), randn(V, D, dtype=dtype, scale=0.3)
     inputs = [x, w, some_targets(N, V)]
