@@ -61,7 +61,7 @@ def kernels(capability, head_dim=64):
     }
     for name, types in pointers.items():
         for dropped in (0, 26):
-            options = attention.tile(name, torch.bfloat16, head_dim, capability)
+            options = attention.tile(name, torch.bfloat16, head_dim, dropped / 256, capability)
             constants = dict(
                 H=12, GROUP=1, D=head_dim, DROPPED=dropped, QUERIES=options.pop("QUERIES"), KEYS=options.pop("KEYS")
             )
