@@ -4,17 +4,19 @@ No GPU is needed. A process of its own compiles (this one may have Triton's inte
 prints the table, which LOG.md records. Shared memory per multiprocessor: CUDA programming guide, compute capabilities.
 """
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB per multiprocessor
 MATMUL = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the tensor-core instruction of each generation
@@ -73,6 +75,7 @@ def kernels(capability, head_dim=64):
 
 def compile(kernel, types, constants, options, capability):
     """Ahead of time, each pointer, stride and size marked as a multiple of 16, as the launcher finds them."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -90,7 +93,7 @@ def compile(kernel, types, constants, options, capability):
 
 def read(compiled, capability, warps):
     """Registers, spills, shared memory, resident blocks and instructions of a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -151,7 +154,7 @@ def report(capabilities, head_dims):
 
 
 def show(rows):
-    lines = [f"Triton {triton.__version__}", f"{'kernel':<36}" + "".join(f"{c:>13}" for c in COLUMNS)]
+    lines = [f"Triton {version('triton')}", f"{'kernel':<36}" + "".join(f"{c:>13}" for c in COLUMNS)]
     return "\n".join(lines + [f"{n:<36}" + "".join(f"{r[c]:>13}" for c in COLUMNS) for n, r in rows.items()])
 
 

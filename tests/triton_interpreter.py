@@ -1,4 +1,4 @@
-"""Runs the Triton kernels on a CPU: import this before any kernel file.
+"""Runs the Triton kernels on a CPU: import this before Triton and before any kernel file.
 
 Where there is no CUDA device it turns on Triton's interpreter, which runs each program in numpy, one after the other. The
 interpreter keeps bf16 as uint16 bit patterns, multiplies those patterns in tl.dot and truncates casts to bf16; the patch
@@ -7,12 +7,15 @@ gives it exact operands and rounding to nearest, ties to even, as on a GPU.
 
 import importlib.util
 import os
+import sys
 
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"  # read by @triton.jit, so it must be set before a kernel file is imported
+    # @triton.jit reads it, in Triton's own files too, and torch.compile imports those.
+    assert "triton" not in sys.modules or "TRITON_INTERPRET" in os.environ, "Triton was imported first"
+    os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
