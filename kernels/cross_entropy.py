@@ -11,7 +11,7 @@ through in chunks, and dw is summed over these in fp32.
 
 A program takes one row, in blocks, twice: for the running maximum and sum of exponentials (Milakov & Gimelshein 2018), then
 for the gradient. The second read comes from the L2 cache: 132 multiprocessors with 4 rows of 64 KB each are 34 MB. Holding
-the row in registers instead would allow one program per multiprocessor, with spills (LOG.md), and bind the code to one V.
+the row in registers instead would fill a multiprocessor with one program, and bind the code to one V.
 """
 
 import torch
