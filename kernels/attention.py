@@ -1,0 +1,350 @@
+"""Causal attention, forward and backward, on Triton. Dao 2023 (FlashAttention-2), Rabe & Staats 2021.
+
+    S = c q k^T    P = softmax(S) over the keys up to the query's position    o = (M P) v        c = 1 / sqrt(Dh)
+    delta = rowsum(do o)    dS = P (M (do v^T) - delta)    dq = c dS k    dk = c dS^T q    dv = (M P)^T do
+
+No (Tq, Tk) matrix exists in memory. Forward keeps a block of queries and walks over the keys with a running maximum and
+sum; it saves log2(sum exp), from which backward recomputes P. M is dropout's mask, 0 or 1 / (share kept): never stored, a
+function of (sequence seed, head, position, key), drawn again wherever it is needed; eager.dropout_mask defines it.
+
+Counting the causal half, forward is 4 B H T^2 Dh / 2 FLOPs, backward 2.5 times that. At Dh = 64 the exponentials cost as
+many cycles as the matmuls, so what counts is that two or three programs share a multiprocessor and overlap the two:
+registers and shared memory decide the tiles, which `TILES` lists. Full blocks run without a mask, and only those that the
+diagonal crosses with one. The scale joins log2(e) in the exponent, after the dot: scaling q or k first would round them twice.
+
+Backward is two kernels of which each recomputes S: one owns a block of keys (dk, dv), one a block of queries (dq). That is 7
+matmuls where 5 would do, but needs no atomics: the same bits every run, and each kernel has the tile that suits it. With
+grouped queries the dk, dv program loops over the query heads of its key head, so K and V are never repeated.
+
+Program ids become int64 before they are multiplied; offsets inside a tile are int32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def keep_mask(seed, head, first_query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPPED: tl.constexpr):
+    """Which probabilities of a tile dropout keeps, (QUERIES, KEYS): a Philox call gives 16 bytes, one for each of 16 keys."""
+    query = (first_query + tl.arange(0, QUERIES)[:, None]).to(tl.uint32)  # (QUERIES, 1)
+    group = (first_key // 16 + tl.arange(0, KEYS // 16)[None, :]).to(tl.uint32)  # (1, KEYS/16)
+    query, group = tl.broadcast(query, group)  # (QUERIES, KEYS/16)
+    zero = query * 0
+    w0, w1, w2, w3 = tl.philox(seed, query, zero + tl.cast(head, tl.uint32), group, zero, n_rounds=7)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(QUERIES, KEYS // 16, 4, 1)  # in the order w0 w1 w2 w3
+    byte = (words >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]) & 0xFF  # (QUERIES, KEYS/16, 4, 4)
+    return (byte >= DROPPED).reshape(QUERIES, KEYS)
+
+
+# fmt: off
+@triton.jit
+def forward_kernel(
+    q_ptr,  # (B, Tq, H, D), any strides but a contiguous last dim
+    k_ptr,  # (B, Tk, Hkv, D), likewise
+    v_ptr,  # (B, Tk, Hkv, D), likewise
+    out_ptr,  # (B, Tq, H, D)
+    lse_ptr,  # (B, H, Tq) fp32: log2 of the sum of exp(S)
+    seed_ptr,  # (B,) int64, or None
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    Tq, Tk, scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,  # H / Hkv
+    D: tl.constexpr,
+    DROPPED: tl.constexpr,  # of 256
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    blocks = tl.cdiv(Tq, QUERIES)
+    program = tl.program_id(0).to(tl.int64)
+    head, b = program // blocks % H, program // blocks // H
+    start = (blocks - 1 - program % blocks) * QUERIES  # the longest rows first, so that short ones fill the tail
+    seed = tl.load(seed_ptr + b) if DROPPED else 0
+
+    i, n, d = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, D)
+    q_ptr += b * q_stride_b + start * q_stride_t + head * q_stride_h
+    k_ptr += b * k_stride_b + head // GROUP * k_stride_h
+    v_ptr += b * v_stride_b + head // GROUP * v_stride_h
+    k_tile = n[None, :] * k_stride_t + d[:, None]  # (D, KEYS)
+    v_tile = n[:, None] * v_stride_t + d[None, :]  # (KEYS, D)
+    inside = start + i < Tq
+    q = tl.load(q_ptr + i[:, None] * q_stride_t + d[None, :], mask=inside[:, None], other=0.0)  # (QUERIES, D)
+
+    acc = tl.zeros((QUERIES, D), tl.float32)  # sum of P v, to the base of `top`
+    total = tl.zeros((QUERIES,), tl.float32)  # sum of P
+    top = tl.full((QUERIES,), -float("inf"), tl.float32)  # maximum of S log2(e)
+    first = (start + Tk - Tq).to(tl.int32)  # position of the first query: the queries are the last Tq of Tk
+    full = (first + 1) // KEYS * KEYS  # keys before this are seen by every query of the block
+    end = tl.minimum(first + QUERIES, Tk)
+    for MASKED in tl.static_range(2):
+        for key in tl.range(full if MASKED else 0, end if MASKED else full, KEYS, num_stages=1 if MASKED else None):
+            row = tl.cast(key, tl.int64)
+            present = key + n < Tk if MASKED else tl.full((KEYS,), True, tl.int1)
+            k = tl.load(k_ptr + row * k_stride_t + k_tile, mask=present[None, :], other=0.0)  # (D, KEYS)
+            v = tl.load(v_ptr + row * v_stride_t + v_tile, mask=present[:, None], other=0.0)  # (KEYS, D)
+            s = tl.dot(q, k, input_precision="ieee") * (scale * LOG2E)  # (QUERIES, KEYS)
+            if MASKED:
+                s = tl.where(first + i[:, None] >= key + n[None, :], s, -float("inf"))
+            new_top = tl.maximum(top, tl.max(s, axis=1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(s - new_top[:, None])  # (QUERIES, KEYS)
+            total = total * shrink + tl.sum(p, axis=1)
+            if DROPPED:
+                p = tl.where(keep_mask(seed, head, first, key, QUERIES, KEYS, DROPPED), p, 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
+
+    out = acc / total[:, None] * (256 / (256 - DROPPED))
+    out_ptr += ((b * Tq + start) * H + head) * D
+    tl.store(out_ptr + i[:, None] * (H * D) + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse_ptr + (b * H + head) * Tq + start + i, top + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,  # (B, Tq, H, D), any strides but a contiguous last dim
+    k_ptr,  # (B, Tk, Hkv, D), likewise
+    v_ptr,  # (B, Tk, Hkv, D), likewise
+    out_ptr,  # (B, Tq, H, D)
+    do_ptr,  # (B, Tq, H, D)
+    lse_ptr,  # (B, H, Tq) fp32
+    seed_ptr,  # (B,) int64, or None
+    dq_ptr,  # (B, Tq, H, D)
+    delta_ptr,  # (B, H, Tq) fp32: written here, read by the other kernel
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    Tq, Tk, scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DROPPED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    blocks = tl.cdiv(Tq, QUERIES)
+    program = tl.program_id(0).to(tl.int64)
+    head, b = program // blocks % H, program // blocks // H
+    start = (blocks - 1 - program % blocks) * QUERIES
+    seed = tl.load(seed_ptr + b) if DROPPED else 0
+
+    i, n, d = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, D)
+    q_ptr += b * q_stride_b + start * q_stride_t + head * q_stride_h
+    k_ptr += b * k_stride_b + head // GROUP * k_stride_h
+    v_ptr += b * v_stride_b + head // GROUP * v_stride_h
+    k_tile = n[:, None] * k_stride_t + d[None, :]  # (KEYS, D)
+    v_tile = n[:, None] * v_stride_t + d[None, :]  # (KEYS, D)
+    rows = ((b * Tq + start) * H + head) * D + i[:, None] * (H * D) + d[None, :]  # (QUERIES, D), of out, do and dq
+    stats = (b * H + head) * Tq + start + i  # (QUERIES,), of lse and delta
+    inside = start + i < Tq
+    q = tl.load(q_ptr + i[:, None] * q_stride_t + d[None, :], mask=inside[:, None], other=0.0)  # (QUERIES, D)
+    do = tl.load(do_ptr + rows, mask=inside[:, None], other=0.0)
+    out = tl.load(out_ptr + rows, mask=inside[:, None], other=0.0)
+    lse = tl.load(lse_ptr + stats, mask=inside, other=0.0)  # (QUERIES,)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)
+    tl.store(delta_ptr + stats, delta, mask=inside)
+
+    dq = tl.zeros((QUERIES, D), tl.float32)
+    first = (start + Tk - Tq).to(tl.int32)
+    full = (first + 1) // KEYS * KEYS
+    end = tl.minimum(first + QUERIES, Tk)
+    for MASKED in tl.static_range(2):
+        for key in tl.range(full if MASKED else 0, end if MASKED else full, KEYS, num_stages=1 if MASKED else None):
+            row = tl.cast(key, tl.int64)
+            present = key + n < Tk if MASKED else tl.full((KEYS,), True, tl.int1)
+            k = tl.load(k_ptr + row * k_stride_t + k_tile, mask=present[:, None], other=0.0)  # (KEYS, D)
+            v = tl.load(v_ptr + row * v_stride_t + v_tile, mask=present[:, None], other=0.0)  # (KEYS, D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)  # (QUERIES, KEYS)
+            p = tl.exp2(s - lse[:, None])
+            if MASKED:
+                p = tl.where(first + i[:, None] >= key + n[None, :], p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (QUERIES, KEYS)
+            if DROPPED:
+                keep = keep_mask(seed, head, first, key, QUERIES, KEYS, DROPPED)
+                dp = tl.where(keep, dp * (256 / (256 - DROPPED)), 0.0)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    tl.store(dq_ptr + rows, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def dkdv_kernel(
+    q_ptr,  # (B, Tq, H, D), any strides but a contiguous last dim
+    k_ptr,  # (B, Tk, Hkv, D), likewise
+    v_ptr,  # (B, Tk, Hkv, D), likewise
+    do_ptr,  # (B, Tq, H, D)
+    lse_ptr,  # (B, H, Tq) fp32
+    delta_ptr,  # (B, H, Tq) fp32
+    seed_ptr,  # (B,) int64, or None
+    dk_ptr,  # (B, Tk, Hkv, D)
+    dv_ptr,  # (B, Tk, Hkv, D)
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    Tq, Tk, scale,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DROPPED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    HKV: tl.constexpr = H // GROUP
+    blocks = tl.cdiv(Tk, KEYS)
+    program = tl.program_id(0).to(tl.int64)
+    kv_head, b = program // blocks % HKV, program // blocks // HKV
+    start = program % blocks * KEYS  # the first keys are seen by the most queries: longest first here too
+    seed = tl.load(seed_ptr + b) if DROPPED else 0
+
+    i, n, d = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, D)
+    inside = (start + n < Tk)[:, None]
+    k_ptr += b * k_stride_b + start * k_stride_t + kv_head * k_stride_h
+    v_ptr += b * v_stride_b + start * v_stride_t + kv_head * v_stride_h
+    k = tl.load(k_ptr + n[:, None] * k_stride_t + d[None, :], mask=inside, other=0.0)  # (KEYS, D)
+    v = tl.load(v_ptr + n[:, None] * v_stride_t + d[None, :], mask=inside, other=0.0)  # (KEYS, D)
+    q_tile = i[:, None] * q_stride_t + d[None, :]  # (QUERIES, D)
+    do_tile = i[:, None] * (H * D) + d[None, :]  # (QUERIES, D)
+
+    dk = tl.zeros((KEYS, D), tl.float32)
+    dv = tl.zeros((KEYS, D), tl.float32)
+    past = Tk - Tq  # position of query row 0
+    first = start.to(tl.int32)
+    begin = tl.maximum(first - past, 0) // QUERIES * QUERIES  # query rows before this see none of these keys
+    full = tl.cdiv(tl.maximum(first + KEYS - 1 - past, 0), QUERIES) * QUERIES  # from here on they see all of them
+    full = tl.minimum(full, tl.cdiv(Tq, QUERIES) * QUERIES)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        q_head = q_ptr + b * q_stride_b + head * q_stride_h
+        do_head = do_ptr + (b * Tq * H + head) * D
+        stats = (b * H + head) * Tq
+        for MASKED in tl.static_range(1, -1, -1):
+            for query in tl.range(begin if MASKED else full, full if MASKED else Tq, QUERIES, num_stages=1 if MASKED else None):
+                # Rows beyond Tq load as zeros and add zeros. Tiles stand transposed, keys by queries, so that P and dS
+                # go into the next matmuls from registers.
+                row = tl.cast(query, tl.int64)
+                present = query + i < Tq
+                q = tl.load(q_head + row * q_stride_t + q_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
+                do = tl.load(do_head + row * (H * D) + do_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
+                lse = tl.load(lse_ptr + stats + query + i, mask=present, other=0.0)  # (QUERIES,)
+                delta = tl.load(delta_ptr + stats + query + i, mask=present, other=0.0)
+                s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (KEYS, QUERIES)
+                p = tl.exp2(s - lse[None, :])
+                if MASKED:
+                    p = tl.where(past + query + i[None, :] >= first + n[:, None], p, 0.0)
+                dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (KEYS, QUERIES)
+                kept = p
+                if DROPPED:
+                    keep = tl.trans(keep_mask(seed, head, past + query, first, QUERIES, KEYS, DROPPED))
+                    kept = tl.where(keep, p * (256 / (256 - DROPPED)), 0.0)
+                    dp = tl.where(keep, dp * (256 / (256 - DROPPED)), 0.0)
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    rows = ((b * Tk + start) * HKV + kv_head) * D + n[:, None] * (HKV * D) + d[None, :]  # (KEYS, D)
+    tl.store(dk_ptr + rows, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + rows, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+# fmt: on
+
+
+TILES = {  # (Dh): queries, keys, warps, stages, for 16-bit types; Hopper's matmuls want 64 rows, of keys in dk and dv
+    "forward": {32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
+    "dq": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+    "dkdv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
+    "dkdv dropout": {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
+}
+SMALL = (32, 32, 4, 2)  # fp32 runs on the plain arithmetic units, and spills; before Hopper, accumulators crowd the registers
+
+
+def tile(kernel, dtype, D, dropout_p, capability=90):
+    """The block sizes and launch options of a kernel: at Dh = 64 none spills on sm_80, sm_90 or sm_100 (LOG.md)."""
+    small = dtype == torch.float32 or (kernel == "dkdv" and capability < 90)
+    table = TILES["dkdv dropout" if kernel == "dkdv" and dropout_p > 0 else kernel]
+    queries, keys, warps, stages = SMALL if small else table[D]
+    return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
+
+
+def check(q, k, v, dropout_p, seed):
+    (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    assert k.shape == v.shape == (B, Tk, Hkv, D), f"k {tuple(k.shape)}, v {tuple(v.shape)}: expected {(B, Tk, Hkv, D)}"
+    assert q.dtype == k.dtype == v.dtype, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype"
+    assert H % Hkv == 0, f"{H} query heads: expected a multiple of the {Hkv} key heads"
+    assert 1 <= Tq <= Tk, f"{Tq} queries for {Tk} keys: expected 1 to {Tk}, the last positions"
+    assert D in (32, 64, 128), f"head dim {D}: the fused attention takes 32, 64 or 128; use --kernels=eager"
+    assert 0 <= dropout_p < 1 and (dropout_p == 0 or seed.shape == (B,)), f"dropout {dropout_p}: expected 0 <= p < 1, seed (B,)"
+
+
+def rows(x):
+    """x itself where its last dim is contiguous, else a copy that is."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch(name, kernel, q, k, v, tensors, dropout_p):
+    (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    options = tile(name, q.dtype, D, dropout_p, 10 * major + minor)
+    programs = B * Hkv * triton.cdiv(Tk, options["KEYS"]) if name == "dkdv" else B * H * triton.cdiv(Tq, options["QUERIES"])
+    kernel[(programs,)](
+        q, k, v, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        Tq, Tk, D**-0.5, H=H, GROUP=H // Hkv, D=D, DROPPED=round(dropout_p * 256), **options,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("copyllama::attention", mutates_args=())
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out (B, Tq, H, D) and, for backward, lse (B, H, Tq) in fp32."""
+    check(q, k, v, dropout_p, seed)
+    B, Tq, H, _ = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    launch("forward", forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
+    return out, lse
+
+
+@torch.library.custom_op("copyllama::attention_backward", mutates_args=())
+def attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seed: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, do = rows(q), rows(k), rows(v), do.contiguous()
+    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    launch("dq", dq_kernel, q, k, v, (out, do, lse, seed, dq, delta), dropout_p)
+    launch("dkdv", dkdv_kernel, q, k, v, (do, lse, delta, seed, dk, dv), dropout_p)
+    return dq, dk, dv
+
+
+@attention.register_fake
+def _(q, k, v, dropout_p, seed):
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+
+
+@attention_backward.register_fake
+def _(q, k, v, seed, out, lse, do, dropout_p):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def save(ctx, inputs, output):
+    q, k, v, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(q, k, v, seed, *output)
+    ctx.set_materialize_grads(False)  # lse has none
+
+
+def gradient(ctx, do, _):
+    return *attention_backward(*ctx.saved_tensors, do, ctx.dropout_p), None, None
+
+
+attention.register_autograd(gradient, setup_context=save)
+
+
+def causal_attention(q, k, v, dropout_p=0.0, seed=None):
+    """softmax(q k^T / sqrt(Dh)) v, each query seeing the keys up to its own position.
+
+    q (B, Tq, H, Dh); k, v (B, Tk, Hkv, Dh) with Tq <= Tk: the queries are the last Tq positions (Tq < Tk with a KV
+    cache). Query head h reads key head h // (H / Hkv). Dropout takes seed (B,) int64, a key for each sequence.
+    -> (B, Tq, H, Dh).
+    """
+    return attention(q, k, v, dropout_p, seed)[0]

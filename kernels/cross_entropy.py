@@ -1,0 +1,125 @@
+"""The head's matmul and the cross-entropy of its logits, with the gradient made on the spot.
+
+    logits = x weight^T (torch)    loss = logsumexp(logits) - logits[target]    dlogits = softmax(logits) - onehot(target)
+    dx = dlogits weight (torch)    dw = dlogits^T x (torch)
+
+At 65,536 tokens and 32,000 words the logits are the largest tensor of a training step, 4.2 GB in bf16. The Triton pass
+moves each once in and once out, 8.4 GB: it reads the loss off a row and overwrites the row with its gradient, in the
+buffer that this op allocated and nobody else sees. dx and dw are formed from it while it is there, so that what outlives
+the op is as large as x and weight, and backward only scales the two. Where the logits would not fit, the rows go
+through in chunks, and dw is summed over these in fp32.
+
+A program takes one row, in blocks, twice: for the running maximum and sum of exponentials (Milakov & Gimelshein 2018), then
+for the gradient. The second read comes from the L2 cache: 132 multiprocessors with 4 rows of 64 KB each are 34 MB. Holding
+the row in registers instead would fill a multiprocessor with one program, and bind the code to one V.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+IGNORED = -100  # the target that counts for nothing
+BLOCK, WARPS = 8192, 8
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr,  # (N, V); with GRADIENT its rows are overwritten by theirs
+    targets_ptr,  # (N,) int64
+    loss_ptr,  # (N,) fp32
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    IGNORED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    counts = target != IGNORED
+
+    largest, total = -float("inf"), 0.0
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+        new_largest = tl.maximum(largest, tl.max(z, axis=0))
+        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(z - new_largest), axis=0)
+        largest = new_largest
+    lse = largest + tl.log(total)
+
+    z_target = tl.load(logits_ptr + target, mask=counts, other=0.0).to(tl.float32)
+    tl.store(loss_ptr + row, tl.where(counts, lse - z_target, 0.0))
+    if GRADIENT:
+        tl.debug_barrier()  # the target's logit is read before any thread overwrites it
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            dz = tl.exp(z - lse) - (cols == target).to(tl.float32)
+            dz = tl.where(counts, dz, 0.0)
+            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
+
+
+def loss_and_dlogits(logits, targets, gradient=True):
+    """Losses (N,) in fp32 of logits (N, V), contiguous; with `gradient` their gradients overwrite the logits.
+
+    Targets (N,) int64 lie in 0..V-1 or are -100: loss and gradient 0.
+    """
+    N, V = logits.shape
+    assert logits.is_contiguous() and targets.is_contiguous()
+    losses = logits.new_empty(N, dtype=torch.float32)
+    block = min(BLOCK, triton.next_power_of_2(V))
+    cross_entropy_kernel[(N,)](logits, targets, losses, V, BLOCK=block, GRADIENT=gradient, IGNORED=IGNORED, num_warps=WARPS)
+    return losses
+
+
+def chunk_rows(x, weight):
+    """How many rows of logits may stand in memory at once: an eighth of the card's, or 1 GiB on a CPU."""
+    room = torch.cuda.get_device_properties(x.device).total_memory // 8 if x.is_cuda else 2**30
+    return max(1, room // (weight.shape[0] * x.element_size()))
+
+
+@torch.library.custom_op("copyllama::linear_cross_entropy_sum", mutates_args=())
+def linear_cross_entropy_sum(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> the sum of the losses, fp32, and with `gradient` its dx and dw (else empty), from `rows` rows at a time."""
+    N, targets = len(x), targets.contiguous()
+    losses = x.new_empty(N, dtype=torch.float32)
+    dx = x.new_empty(x.shape if gradient else 0)
+    dw = weight.new_zeros(weight.shape if gradient else 0, dtype=weight.dtype if N <= rows else torch.float32)
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        logits = x[part] @ weight.T  # (rows, V)
+        losses[part] = loss_and_dlogits(logits, targets[part], gradient)
+        if gradient:
+            dx[part] = logits @ weight
+            dw += logits.T @ x[part]
+    return losses.sum(), dx, dw.to(weight.dtype)
+
+
+@linear_cross_entropy_sum.register_fake
+def _(x, weight, targets, rows, gradient):
+    dx, dw = (t.new_empty(t.shape if gradient else 0) for t in (x, weight))
+    return x.new_empty((), dtype=torch.float32), dx, dw
+
+
+def save(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # dx and dw are nobody's outputs: no zeros for them
+
+
+def gradient(ctx, g, *_):
+    dx, dw = ctx.saved_tensors
+    return dx * g, dw * g, None, None, None
+
+
+linear_cross_entropy_sum.register_autograd(gradient, setup_context=save)
+
+
+def linear_cross_entropy(x, weight, targets):
+    """Mean of -log softmax(x weight^T)[target] over the targets that are not -100.
+
+    x (N, D), weight (V, D) of one dtype, targets (N,) int64 in 0..V-1 or -100 -> scalar, fp32.
+    """
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    total, _, _ = linear_cross_entropy_sum(x, weight, targets, chunk_rows(x, weight), needed)
+    return total / (targets != IGNORED).sum()

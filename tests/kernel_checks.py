@@ -1,0 +1,90 @@
+"""What the kernel tests share: the tolerance rule, gradient layouts, and outputs that start as NaN.
+
+A kernel's error against the eager definition in fp64 may be at most that of torch's own functions in the same dtype, times
+a factor, plus one rounding of the result; and in fp32 at most 1e-6. Errors are in the norm, |a - b| / |b|: there one
+rounding, of up to half a unit in the last place for each value, is at most a quarter of finfo's eps.
+"""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.triton_interpreter import DEVICE, INTERPRETED
+
+pytest.importorskip("triton")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def outputs_start_as_nan():
+    """torch fills memory that it hands out uninitialised, so an element that no program writes fails its test."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, dtype=torch.float32, scale=1.0):
+    return torch.randn(shape, device=DEVICE).mul(scale).to(dtype).requires_grad_()
+
+
+def run(op, inputs, grads):
+    """The outputs of op and the gradients of those inputs that want one, given the outputs' gradients."""
+    out = op(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    return *out, *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grads)
+
+
+def to64(x):
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
+def error(a, b, floor=0.0):
+    assert a.shape == b.shape
+    return ((a.double() - b).norm() / b.norm().clamp(min=floor)).item()
+
+
+def check(fused, eager, torchs, inputs, grads, factor, floor=0.0):
+    """The tolerance rule, for every output and every gradient of op(*inputs); norms below `floor` count as `floor`."""
+    before = [x.detach().clone() for x in inputs]
+    got, own = run(fused, inputs, grads), run(torchs, inputs, grads)
+    exact = run(eager, [to64(x) for x in inputs], [g.double() for g in grads])
+    assert len(got) == len(own) == len(exact)
+    dtype = inputs[0].dtype
+    for i, (a, b, c) in enumerate(zip(got, own, exact, strict=True)):
+        assert a.dtype == b.dtype, f"result {i} is {a.dtype}, torch's {b.dtype}"
+        bound = 1e-6 if dtype == torch.float32 else factor * error(b, c, floor) + torch.finfo(dtype).eps / 4
+        assert error(a, c, floor) <= bound, f"result {i}: error {error(a, c, floor):.2e}, allowed {bound:.2e}"
+    for x, y in zip(inputs, before, strict=True):
+        assert torch.equal(x, y), "an input was changed"
+
+
+def layouts(shape, dtype):
+    """Gradients as autograd hands them over: dense, expanded from one number as .sum() does, and transposed."""
+    dense = torch.randn(shape, device=DEVICE).to(dtype)
+    ones = torch.ones((), device=DEVICE, dtype=dtype).expand(shape)
+    transposed = torch.randn(shape[::-1], device=DEVICE).to(dtype).permute(*range(len(shape))[::-1])
+    return {"dense": dense, "sum": ones, "transposed": transposed}
+
+
+def check_registration(op, inputs, grads):
+    """What being a custom op must give: compiled without a break, checkpointed and plain, the same bits."""
+    plain = run(op, inputs, grads)
+    runs = {"checkpoint": run(lambda *xs: checkpoint(op, *xs, use_reentrant=False), inputs, grads)}
+    for backend in ("aot_eager", "inductor"):
+        runs[backend] = run(torch.compile(op, backend=backend, fullgraph=True), inputs, grads)
+        torch.compiler.reset()
+    for name, results in runs.items():
+        for i, (a, b) in enumerate(zip(plain, results, strict=True)):
+            assert torch.equal(a, b), f"result {i} differs under {name}"
+
+
+def check_repeats(op, inputs, grads, runs=20):
+    first = run(op, inputs, grads)
+    for _ in range(runs):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(op, inputs, grads), strict=True))
+
+
+needs_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter runs programs one after the other: nothing to race")
