@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 demo: .venv/ready
 	$(BIN)/python -m data.prepare repeats --out=data/tiny
@@ -14,6 +14,9 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+soak: .venv/ready
+	$(BIN)/python -m pytest -m soak
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import kernels
 from data import vocab
 from data.bins import DataError
-from kernels import eager
 from model import KVCache, Llama
 from runtime import checkpoint, distributed
 from runtime.config import ConfigError, from_dict
@@ -169,12 +169,13 @@ def training_row(model: Llama, words: vocab.Vocab, tests: dict[str, CopyTest]) -
     return row
 
 
-def load(path, device="auto") -> tuple[Llama, vocab.Vocab, int]:
+def load(path, device="auto", ops="auto") -> tuple[Llama, vocab.Vocab, int]:
     """A checkpoint's model, vocabulary and step."""
     state = checkpoint.load(path)
     config = from_dict(state["config"])
     device = distributed.pick_device(device)
-    model = Llama(config.model(), eager, distributed.pick_dtype("auto", device)).to(device)
+    ops = kernels.choose(ops, device, config.head_dim)
+    model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
@@ -182,9 +183,9 @@ def load(path, device="auto") -> tuple[Llama, vocab.Vocab, int]:
     return model.eval(), vocab.from_state(state["tokenizer"]), state["step"]
 
 
-def evaluate(path: Path, alphabets, samples: int, device="auto") -> dict:
+def evaluate(path, alphabets, samples: int, device="auto", ops="auto") -> dict:
     """All scores of one checkpoint."""
-    model, words, step = load(path, device)
+    model, words, step = load(path, device, ops)
     copying = {}
     for name in alphabets:
         test = make_test(words, name, model.config.seq_len, samples)
@@ -218,9 +219,9 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def go_on(path, text: str, device: str, n: int = 200):
+def go_on(path, text: str, device="auto", ops="auto", n=200):
     """Prints the prompt and the likeliest continuation, up to n tokens, or to the context's end."""
-    model, words, _ = load(path, device)
+    model, words, _ = load(path, device, ops)
     ids = ([] if words.bos is None else [words.bos]) + list(words.encode(text))
     if not ids or len(ids) >= model.config.seq_len:
         raise DataError(f"--prompt: {len(ids)} tokens; this model's context takes 1 to {model.config.seq_len - 1}")
@@ -238,6 +239,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE.png", help="draw the heads, and a run directory's curves over steps")
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the scores: text for the model to go on with")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--kernels", choices=("auto", "fused", "eager"), default="auto", help="op set the model runs on")
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"--samples={args.samples}: expected 1 or more")
@@ -248,11 +250,11 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         if args.prompt is not None:
-            go_on(args.paths[0], args.prompt, args.device)
+            go_on(args.paths[0], args.prompt, args.device, args.kernels)
             return 0
         results = []
         for path in args.paths:
-            results.append(evaluate(path, args.alphabet, args.samples, args.device))
+            results.append(evaluate(path, args.alphabet, args.samples, args.device, args.kernels))
             print(table(results[-1]), end="\n\n", flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
@@ -262,7 +264,7 @@ def main(argv: list[str]) -> int:
             pictures.draw(args.plot, results)
             print(f"picture: {args.plot}")
         return 0
-    except (ConfigError, DataError, checkpoint.CheckpointError, OSError) as e:
+    except (ConfigError, DataError, checkpoint.CheckpointError, kernels.KernelError, OSError) as e:
         print(e, file=sys.stderr)
         return 2
 

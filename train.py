@@ -31,8 +31,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import eval_copy
+import kernels
 from data import bins, prepare, vocab
-from kernels import eager
 from model import Llama
 from runtime import checkpoint, distributed, metrics
 from runtime.config import Config, ConfigError
@@ -55,7 +55,8 @@ def train(config: Config, world: distributed.World) -> int:
 
     dtype = distributed.pick_dtype(config.dtype, world.device)
     torch.manual_seed(config.seed)
-    model = Llama(config.model(), eager, dtype).to(world.device)
+    ops = kernels.choose(config.kernels, world.device, config.head_dim)
+    model = Llama(config.model(), ops, dtype).to(world.device)
     optimizer = make_optimizer(model, config, world.device)
     fingerprint = bins.fingerprint(folder)
     step = resume(config, model, optimizer, fingerprint, world)
@@ -304,7 +305,8 @@ def announce(config: Config, model: Llama, train_bin, val_bin, per_rank: int, mi
     c, n = config, sum(p.numel() for p in model.parameters())
     mode = str(model.dtype).removeprefix("torch.")
     world.say(
-        f"{c.n_layers} layers, dim {c.dim}, {n:,} parameters; {mode} on {world.size} x {world.device.type}, eager kernels\n"
+        f"{c.n_layers} layers, dim {c.dim}, {n:,} parameters; {mode} on {world.size} x {world.device.type}, "
+        f"{model.ops.__name__.removeprefix('kernels.')} kernels\n"
         f"batch: {micro} sequences x {per_rank // micro} passes x {world.size} ranks = {c.batch_size} sequences of {c.seq_len} "
         f"= {c.batch_size * c.seq_len:,} tokens per update\n"
         f"data: {train_bin.n_tokens:,} training tokens, {val_bin.n_tokens:,} to validate; {c.max_steps:,} updates are "
@@ -317,7 +319,7 @@ def main(config: Config) -> int:
     try:
         world = distributed.start(config)
         return train(config, world)
-    except (ConfigError, bins.DataError, checkpoint.CheckpointError) as e:
+    except (ConfigError, bins.DataError, checkpoint.CheckpointError, kernels.KernelError) as e:
         problem, status = str(e), 2
     except RunFailed as e:
         problem, status = str(e), 4

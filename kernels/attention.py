@@ -244,10 +244,10 @@ def dkdv_kernel(
 
 
 TILES = {  # (Dh): queries, keys, warps, stages, for 16-bit types; Hopper's matmuls want 64 rows, of keys in dk and dv
-    "forward": {32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
-    "dq": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-    "dkdv": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
-    "dkdv dropout": {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
+    "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
+    "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+    "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
+    "dkdv dropout": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
 }
 SMALL = (32, 32, 4, 2)  # fp32 runs on the plain arithmetic units, and spills; before Hopper, accumulators crowd the registers
 
@@ -266,7 +266,7 @@ def check(q, k, v, dropout_p, seed):
     assert q.dtype == k.dtype == v.dtype, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype"
     assert H % Hkv == 0, f"{H} query heads: expected a multiple of the {Hkv} key heads"
     assert 1 <= Tq <= Tk, f"{Tq} queries for {Tk} keys: expected 1 to {Tk}, the last positions"
-    assert D in (32, 64, 128), f"head dim {D}: the fused attention takes 32, 64 or 128; use --kernels=eager"
+    assert D in TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=eager"
     assert 0 <= dropout_p < 1 and (dropout_p == 0 or seed.shape == (B,)), f"dropout {dropout_p}: expected 0 <= p < 1, seed (B,)"
 
 

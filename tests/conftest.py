@@ -5,6 +5,9 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import tests.triton_interpreter  # noqa: F401  before anything imports Triton
+
+# isort: split
 import numpy as np
 import pytest
 import torch

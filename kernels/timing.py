@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(B=64, T=1024, D=768, H=12, F=3072, V=32000)
 SWEEP = [dict(T=T, B=65536 // T) for T in (256, 512, 2048, 4096)] + [dict(D=64 * H, H=H, F=256 * H) for H in (8, 16, 32)]
 EPS = 1e-6
@@ -235,19 +235,18 @@ def said(*command):
     return subprocess.check_output(command, cwd=ROOT, text=True).strip()
 
 
-def main():
+def main() -> int:
+    """Times everything and writes results/bench/<card>-kernels.json. Exit status 2 where there is no GPU."""
     if not torch.cuda.is_available():
         print("bench.py kernels: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
-        sys.exit(2)
+        return 2
     import triton
 
     torch.manual_seed(0)
     top = ceilings()
     card = torch.cuda.get_device_name()
-    driver = subprocess.check_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True).split()[
-        0
-    ]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
+    commit = said("git", "rev-parse", "HEAD")
     record = dict(card=card, driver=driver, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
     record |= dict(torch=torch.__version__, triton=triton.__version__, commit=commit, ceilings=top, results=[])
     for change in [{}, *SWEEP]:
@@ -262,7 +261,4 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{path}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0
