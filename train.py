@@ -47,7 +47,7 @@ def train(config: Config, world: distributed.World) -> int:
     out = Path(config.out_dir)
     folder = open_data(config, world)
     train_bin, val_bin = (bins.Bin(folder / f"{s}.bin", config.seq_len, config.vocab_size) for s in bins.SPLITS)
-    words = vocab.load(folder, config.vocab_size)
+    meta, words = bins.load_meta(folder), vocab.load(folder, config.vocab_size)
     if words.size > config.vocab_size:
         raise ConfigError(f"vocab_size={config.vocab_size}: {folder} has {words.size} ids; pass --vocab_size={words.size}")
     tests = copy_tests(config, words)
@@ -103,9 +103,9 @@ def train(config: Config, world: distributed.World) -> int:
         row = {}
         if config.eval_interval and step % config.eval_interval == 0:
             row |= validate(model, val_bin, config, micro, world)
-            stated = (bins.load_meta(folder) or {}).get("splits", {}).get("val")
-            if stated:
-                row["val_bpb"] = row["val_loss"] / math.log(2) * stated["tokens"] / stated["bytes"]
+            if meta:
+                val = meta["splits"]["val"]
+                row["val_bpb"] = row["val_loss"] / math.log(2) * val["tokens"] / val["bytes"]
         if config.copy_eval_interval and step > 0 and step % config.copy_eval_interval == 0:
             if world.rank == 0:
                 row |= eval_copy.training_row(model, words, tests)

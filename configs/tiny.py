@@ -12,7 +12,7 @@ seq_len = 128
 
 batch_size = 16
 micro_batch_size = 16
-max_steps = 5000
+max_steps = 5500
 learning_rate = 5e-3
 warmup_steps = 100
 schedule = "cosine"
