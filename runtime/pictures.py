@@ -38,11 +38,14 @@ def draw(file: str, results: list[dict]):
 def copy_curves(ax, rows: list[dict], result: dict):
     """Copy accuracy over steps, with what k-gram matchers score on the same kind of samples as level lines."""
     full = result["copy"].get("full") or next(iter(result["copy"].values()))
+    labels = {}  # height of the text -> the k of all levels too near to be told apart
     for k, level in full["kgram"].items():
         ax.axhline(level, color="0.6", lw=0.8, ls=":")
-        ax.annotate(
-            f"{k}-gram", (1.0, level), xycoords=("axes fraction", "data"), fontsize=6, color="0.35", ha="right", va="bottom"
-        )
+        near = next((y for y in labels if abs(y - level) < 0.03), level)
+        labels.setdefault(near, []).append(k)
+    for y, ks in labels.items():
+        text = ", ".join(map(str, ks)) + "-gram"
+        ax.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), fontsize=6, color="0.35", ha="right", va="bottom")
     for name, label, colour, style in (
         ("copy_exact_full", "all six tokens", BLUE, "-"),
         ("copy_token_full", "each token", GREEN, "--"),
