@@ -45,7 +45,7 @@ def copy_curves(ax, rows: list[dict], result: dict):
         labels.setdefault(near, []).append(k)
     for y, ks in labels.items():
         text = ", ".join(map(str, ks)) + "-gram"
-        ax.annotate(text, (1.0, y), xycoords=("axes fraction", "data"), fontsize=6, color="0.35", ha="right", va="bottom")
+        ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), fontsize=6.5, color="0.35", va="center")
     for name, label, colour, style in (
         ("copy_exact_full", "all six tokens", BLUE, "-"),
         ("copy_token_full", "each token", GREEN, "--"),
@@ -53,7 +53,7 @@ def copy_curves(ax, rows: list[dict], result: dict):
     ):
         plot(ax, rows, name, label, colour, style)
     ax.set(title="copying from context", xlabel="update steps", ylabel="accuracy", ylim=(-0.03, 1.05))
-    ax.legend(fontsize=7, loc="center left")
+    ax.legend(fontsize=7, loc=(0.5, 0.15))
 
 
 def loss_curves(ax, rows: list[dict]):
