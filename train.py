@@ -80,7 +80,7 @@ def train(config: Config, world: distributed.World) -> int:
     flops = metrics.flops_per_token(config)
 
     def update(step: int):
-        """Update number `step`, from 1: the mean loss over the whole batch and the gradient's norm, on the device."""
+        """Update number `step`, from 1: this rank's mean loss and the whole gradient's norm, on the device."""
         optimizer.zero_grad()
         loss = torch.zeros((), device=world.device)
         first = (step - 1) * config.batch_size + world.rank * per_rank  # this rank's first position in the run's order
@@ -96,7 +96,7 @@ def train(config: Config, world: distributed.World) -> int:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
-        return world.sum(loss) / world.size, norm
+        return loss, norm
 
     def measure(step: int) -> dict:
         """Validation and the copy test, where they are due."""
@@ -129,7 +129,8 @@ def train(config: Config, world: distributed.World) -> int:
         stopped = world.any(stop.asked)
         save = step % config.ckpt_interval == 0 or step == config.max_steps or stopped
         if save or step % config.log_interval == 0 or step == start + 1:
-            row |= {"loss": loss.item(), "lr": learning_rate(step, config), "grad_norm": norm.item()}
+            mean = world.sum(loss).item() / world.size
+            row |= {"loss": mean, "lr": learning_rate(step, config), "grad_norm": norm.item()}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise RunFailed(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing more was saved")
             seconds = (time.perf_counter() - clock) / (step - since)
