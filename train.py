@@ -64,10 +64,7 @@ def train(config: Config, world: distributed.World) -> int:
     if step >= config.max_steps:
         world.say(f"{out} is at step {step} of {config.max_steps}: nothing left to do")
         return 0
-    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
-        world.say("compiling block by block: the first step can take a minute")
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+    compile_blocks(model, config, world)
     ranks = DistributedDataParallel(model) if world.size > 1 else model
 
     if world.rank == 0:
@@ -200,6 +197,22 @@ def make_optimizer(model: Llama, config: Config, device) -> torch.optim.AdamW:
     ]
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def compile_blocks(model: Llama, config: Config, world):
+    """torch.compile, block by block: on CUDA, or where the config says so."""
+    if config.compile == "off" or (config.compile == "auto" and world.device.type != "cuda"):
+        return
+    world.say("compiling block by block: the first step can take a minute")
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=world.device))
+    except Exception as e:  # what is missing (a compiler, Python's headers) shows as many kinds of error
+        reason = str(e).strip().split("\n")[0]
+        raise ConfigError(
+            f"compile={config.compile}: torch.compile does not work on this machine; pass --compile=off ({reason})"
+        ) from None
+    for block in model.blocks:
+        block.compile(fullgraph=True)
 
 
 def learning_rate(step: int, c: Config) -> float:

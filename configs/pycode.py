@@ -23,3 +23,5 @@ eval_batches = 16
 copy_eval_interval = 500
 log_interval = 100
 ckpt_interval = 500
+
+compile = "on"  # also on the CPU, where this shape trains 1.2 times as fast with it

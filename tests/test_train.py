@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -237,12 +238,19 @@ def test_bins_without_a_meta_train(settings, tmp_path):
 
 def test_compiled_blocks_give_the_same_losses(settings, tmp_path, monkeypatch):
     """Traced and differentiated ahead of time, with no code generated: that would need a C++ compiler and a minute."""
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile(self, backend="aot_eager", **kw))
+    compile = torch.compile  # Module.compile calls it too
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend="aot_eager", **kw))
     plain = run(settings, max_steps=3)
     compiled = run(settings, max_steps=3, compile="on", out_dir=str(tmp_path / "compiled"))
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
     assert weights(settings).keys() == weights(settings, out_dir=str(tmp_path / "compiled")).keys()
+
+
+def test_without_a_working_compiler_compile_on_is_refused_in_one_line(settings, tmp_path):
+    env = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = cli(*flags(settings, compile="on"), env=env)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "compile=on" in done.stderr and "--compile=off" in done.stderr and "/no/such/compiler" in done.stderr
 
 
 def test_bf16_activations_train_fp32_weights(settings):
