@@ -9,10 +9,11 @@ n_heads = 4
 hidden_dim = 192
 vocab_size = 65  # an alphabet of 64 characters, and bos
 seq_len = 128
+rope_theta = 1e6
 
 batch_size = 16
 micro_batch_size = 16
-max_steps = 5500
+max_steps = 4000
 learning_rate = 5e-3
 warmup_steps = 100
 schedule = "cosine"

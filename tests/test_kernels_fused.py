@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from runtime.config import ModelConfig
 from tests.kernel_checks import DEVICE, outputs_start_as_nan  # noqa: F401
@@ -78,6 +79,21 @@ def test_each_block_and_the_whole_model_compile_without_a_break(ops):
     torch.testing.assert_close(model(*inputs), loss)
     torch.testing.assert_close(torch.autograd.grad(model(*inputs), list(model.parameters())), gradients)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("ops", [eager, fused], ids=["eager", "fused"])
+def test_a_checkpointed_block_redraws_the_same_dropout(ops):
+    """Its forward runs again in backward: another mask there would give other gradients, and no error."""
+    model, (_, _, seed) = build(ops, attn_dropout=0.25).train(), batch(B=2)
+    block, x = model.blocks[0], torch.randn(2, 16, 64, device=DEVICE, requires_grad=True)
+
+    def gradients(seed, **how):
+        y = checkpoint(block, x, model.rope(0, 16), seed, **how) if how else block(x, model.rope(0, 16), seed)
+        return torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+
+    plain, again = gradients(seed), gradients(seed, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert not torch.equal(plain[0], gradients(seed + 1)[0])  # the mask does reach the gradients
 
 
 def test_generation_with_the_cache_gives_the_same_tokens():
