@@ -2,6 +2,7 @@
 
     python bench.py train --device=cpu      training, against a plain model of the same shape, at the tiny and pycode shapes
     python bench.py kernels                 each fused op on a GPU, against eager, torch.compile, SDPA and Liger
+    python bench.py tiles                   each fused op on a GPU, under other block sizes, warps and stages
 
 In the first, both are run in turn, each time in a process of its own, so that what slows the machine down slows both. The
 plain model is what one writes first: separate q, k, v, gate and up projections, torch's own functions, AdamW with its
@@ -143,15 +144,15 @@ def machine() -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python bench.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "kernels"))
+    parser.add_argument("what", choices=("train", "kernels", "tiles"))
     parser.add_argument("--device", choices=("cpu",), default="cpu")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--rounds", type=int, default=5, help="pairs of runs per shape (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.add_argument("--one", choices=("plain", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what == "kernels":
-        return timing.main()
+    if args.what != "train":
+        return timing.main(args.what)
     if args.one:
         print(tokens_per_second(load([str(ROOT / f"configs/{args.shapes[0]}.py")]), args.one == "ours", seconds=6))
         return 0

@@ -1,4 +1,5 @@
-"""Times each kernel on a GPU: `bench.py kernels`. Correctness first, then medians, in one run with the card's own ceilings.
+"""Times each kernel on a GPU: `bench.py kernels`, and with other tiles: `bench.py tiles`. Correctness first, then medians, in
+one run with the card's own ceilings.
 
 At B = 64, T = 1024, D = 768, 12 heads of 64, F = 3072, V = 32000 in bf16, and over a sweep of T and D. A time is the median of
 CUDA events around the call, the L2 cache flushed before each; `graph_ms` is one replay of a CUDA graph that holds 10 calls, a
@@ -160,7 +161,8 @@ def check(f, reference, inputs):
         torch.manual_seed(0)
         out = op(*inputs)
         out = out if isinstance(out, tuple) else (out,)
-        results.append([*out, *torch.autograd.grad(out, wanted, [torch.randn_like(o) for o in out])])
+        grads = [torch.randn(o.shape, device=o.device).to(o.dtype) for o in out]  # the same, whatever the layout of out
+        results.append([*out, *torch.autograd.grad(out, wanted, grads)])
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         error = ((a.float() - b.float()).norm() / b.float().norm()).item()
         if not error < 2e-2:
@@ -231,14 +233,83 @@ def bench(shape, top):
     return rows
 
 
+def tiles():
+    """(op, way, where its launch constant stands, its key there, what to try): every choice that a time has to decide.
+
+    Attention's are (queries, keys, warps, stages) by head dim: of the forward, then of dq, then of dk and dv.
+    """
+    from kernels import attention, cross_entropy, rmsnorm, rotary, swiglu
+
+    dh = SHAPE["D"] // SHAPE["H"]
+    forward = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+    dq = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)]
+    dkdv = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)]
+    powers = [2**i for i in range(10, 15)]
+    return [
+        ("attention", "forward", attention.TILES["forward"], dh, forward),
+        ("attention", "backward", attention.TILES["dq"], dh, dq),
+        ("attention", "backward", attention.TILES["dkdv"], dh, dkdv),
+        ("rms_norm", "forward", vars(rmsnorm), "FORWARD", powers),
+        ("add_rms_norm", "forward", vars(rmsnorm), "FORWARD", powers),
+        ("rms_norm", "backward", vars(rmsnorm), "BACKWARD", powers),
+        ("add_rms_norm", "backward", vars(rmsnorm), "BACKWARD", powers),
+        ("rotary", "forward", vars(rotary), "BLOCK_T", [8, 16, 32, 64]),
+        ("swiglu", "forward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
+        ("swiglu", "backward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
+        ("linear_cross_entropy", "both", vars(cross_entropy), "BLOCK", [2048, 4096, 8192, 16384]),
+        ("linear_cross_entropy", "both", vars(cross_entropy), "WARPS", [4, 8, 16]),
+    ]
+
+
+def sweep_tiles():
+    """Times each op under every choice of each launch constant, the others as they stand. A wrong result is not timed."""
+    from kernels import eager, fused
+
+    rows = []
+    for name, way, where, key, choices in tiles():
+        small_op, small, _, _ = cases(**(SHAPE | dict(B=2, T=512)))[name]
+        op, inputs, _, _ = cases(**SHAPE)[name]
+        stands = where[key]
+        for choice in choices:
+            where[key] = choice
+            row = dict(op=name, constant=str(key), way=way, choice=choice, stands=choice == stands)
+            try:
+                check(lambda *xs: small_op(fused, *xs), lambda *xs: small_op(eager, *xs), small)  # noqa: B023
+                row |= measure(lambda *xs: op(fused, *xs), inputs)  # noqa: B023
+            except (
+                Exception,
+                SystemExit,
+            ) as e:  # wrong, or too much shared memory, too many registers: each of Triton's errors has its own class
+                row |= dict(failed=str(e).splitlines()[0])
+            rows.append(row)
+            figure = row.get("failed") or f"{row[f'{way}_ms']:.3f} ms"
+            print(f"{name:<22}{way:<10}{key!s:<10}{choice!s:<20}{'now  ' if choice == stands else '     '}{figure}", flush=True)
+        where[key] = stands
+    return rows
+
+
 def said(*command):
     return subprocess.check_output(command, cwd=ROOT, text=True).strip()
 
 
-def main() -> int:
-    """Times everything and writes results/bench/<card>-kernels.json. Exit status 2 where there is no GPU."""
+def sweep_shapes(top):
+    """Times every op against its contenders at the paper's shape, then with other T and D."""
+    results = []
+    for change in [{}, *SWEEP]:
+        shape = SHAPE | change
+        rows = bench(shape, top)
+        results.append(dict(shape=shape, rows=rows))
+        print(f"\n{shape}\n{'':<34}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'graph ms':>9}{'share':>7}")
+        for name, row in rows.items():
+            figures = (row.get(k) for k in ("forward_ms", "backward_ms", "both_ms", "graph_both_ms", "forward_share"))
+            print(f"{name:<34}" + "".join(f"{'' if v is None else format(v, '.3f'):>10}" for v in figures))
+    return results
+
+
+def main(what: str) -> int:
+    """Times `kernels` or `tiles` and writes results/bench/<card>-<what>.json. Exit status 2 where there is no GPU."""
     if not torch.cuda.is_available():
-        print("bench.py kernels: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
+        print(f"bench.py {what}: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
         return 2
     import triton
 
@@ -248,16 +319,9 @@ def main() -> int:
     driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
     commit = said("git", "rev-parse", "HEAD")
     record = dict(card=card, driver=driver, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    record |= dict(torch=torch.__version__, triton=triton.__version__, commit=commit, ceilings=top, results=[])
-    for change in [{}, *SWEEP]:
-        shape = SHAPE | change
-        rows = bench(shape, top)
-        record["results"].append(dict(shape=shape, rows=rows))
-        print(f"\n{shape}\n{'':<34}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'graph ms':>9}{'share':>7}")
-        for name, row in rows.items():
-            figures = (row.get(k) for k in ("forward_ms", "backward_ms", "both_ms", "graph_both_ms", "forward_share"))
-            print(f"{name:<34}" + "".join(f"{'' if v is None else format(v, '.3f'):>10}" for v in figures))
-    path = ROOT / "results/bench" / f"{card.replace(' ', '-')}-kernels.json"
+    record |= dict(torch=torch.__version__, triton=triton.__version__, commit=commit, ceilings=top)
+    record["results"] = sweep_shapes(top) if what == "kernels" else sweep_tiles()
+    path = ROOT / "results/bench" / f"{card.replace(' ', '-')}-{what}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{path}")
