@@ -82,12 +82,12 @@ def tokens_per_second(c: Config, ours: bool, seconds: float) -> float:
         world = distributed.World(0, 1, distributed.pick_device("cpu"))
         model = Llama(c.model(), eager)
         train.compile_blocks(model, c, world)
-        optimizer = train.make_optimizer(model, c, device)
+        optimizer = train.make_optimizer(model, c)
     else:
         model = PlainLlama(c)
         optimizer = torch.optim.AdamW(model.parameters())
     windows = np.random.default_rng(0).integers(c.vocab_size, size=(c.batch_size, c.seq_len + 1))
-    x, y = train.on_device(windows, device)
+    x, y = distributed.on_device(windows, device)
 
     def step():
         optimizer.zero_grad()

@@ -24,7 +24,7 @@ from data import vocab
 from data.bins import DataError
 from model import KVCache, Llama
 from runtime import checkpoint, distributed
-from runtime.config import ConfigError, from_dict
+from runtime.config import ConfigError, from_checkpoint
 
 PREFIX, SUFFIX, SEQUENCES = 12, 6, 50
 ALPHABETS = ("full", "hex16")
@@ -172,14 +172,14 @@ def training_row(model: Llama, words: vocab.Vocab, tests: dict[str, CopyTest]) -
 def load(path, device="auto", ops="auto") -> tuple[Llama, vocab.Vocab, int]:
     """A checkpoint's model, vocabulary and step."""
     state = checkpoint.load(path)
-    config = from_dict(state["config"])
+    try:
+        config = from_checkpoint(state["config"])
+    except ConfigError as e:
+        raise checkpoint.CheckpointError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
     ops = kernels.choose(ops, device, config.head_dim)
     model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise checkpoint.CheckpointError(f"{path}: its weights do not fit its own config") from None
+    checkpoint.restore(path, state, model)
     return model.eval(), vocab.from_state(state["tokenizer"]), state["step"]
 
 
@@ -265,8 +265,13 @@ def main(argv: list[str]) -> int:
             print(f"picture: {args.plot}")
         return 0
     except (ConfigError, DataError, checkpoint.CheckpointError, kernels.KernelError, OSError) as e:
-        print(e, file=sys.stderr)
-        return 2
+        problem = str(e)
+    except (RuntimeError, MemoryError) as e:
+        if not distributed.is_out_of_memory(e):
+            raise
+        problem = "out of memory; try --device=cpu, or another machine"
+    print(problem, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

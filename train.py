@@ -36,6 +36,7 @@ from data import bins, prepare, vocab
 from model import Llama
 from runtime import checkpoint, distributed, metrics
 from runtime.config import Config, ConfigError
+from runtime.validation import validate
 
 
 class RunFailed(RuntimeError):
@@ -44,116 +45,201 @@ class RunFailed(RuntimeError):
 
 def train(config: Config, world: distributed.World) -> int:
     """The whole run; returns its exit status: 0, or 3 where it was stopped by a signal and saved."""
-    out = Path(config.out_dir)
-    folder = open_data(config, world)
-    train_bin, val_bin = (bins.Bin(folder / f"{s}.bin", config.seq_len, config.vocab_size) for s in bins.SPLITS)
-    meta, words = bins.load_meta(folder), vocab.load(folder, config.vocab_size)
-    if words.size > config.vocab_size:
-        raise ConfigError(f"vocab_size={config.vocab_size}: {folder} has {words.size} ids; pass --vocab_size={words.size}")
-    tests = copy_tests(config, words)
-    per_rank, micro = batch_split(config, world)
-
-    dtype = distributed.pick_dtype(config.dtype, world.device)
-    torch.manual_seed(config.seed)
-    ops = kernels.choose(config.kernels, world.device, config.head_dim)
-    model = Llama(config.model(), ops, dtype).to(world.device)
-    optimizer = make_optimizer(model, config, world.device)
-    fingerprint = bins.fingerprint(folder)
-    step = resume(config, model, optimizer, fingerprint, world)
-    announce(config, model, train_bin, val_bin, per_rank, micro, world)
-    if step >= config.max_steps:
-        world.say(f"{out} is at step {step} of {config.max_steps}: nothing left to do")
+    run = Run(config, world)
+    if run.step >= config.max_steps:
+        world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
         return 0
-    compile_blocks(model, config, world)
-    ranks = DistributedDataParallel(model) if world.size > 1 else model
+    if not run.begin():
+        return run.leave(run.step)
+    first, late = run.step + 1, None
+    since, clock = run.step, time.perf_counter()
+    for step in range(first, config.max_steps + 1):
+        health = run.update(step)
+        if late:
+            run.look(*late)  # one step late: the device has it by now, and the next update in its queue
+        if health is None:
+            return run.leave(step - 1)
+        late = step, health
+        save = step % config.ckpt_interval == 0 or step == config.max_steps
+        milestone = config.ckpt_milestones and checkpoint.is_milestone(step)
+        log = step == 1 or step % config.log_interval == 0 or save or any(run.due(step))
+        if not (log or milestone or step == first):
+            continue
+        row, late = run.look(*late), None
+        row |= run.rates((time.perf_counter() - clock) / (step - since), step)
+        run.progress.show(row)
+        measured = run.measure(step)
+        if log:
+            run.record(row | (measured or {}))
+        if milestone:
+            run.save_milestone(step)
+        if measured is None:
+            return run.leave(step)
+        if save:
+            run.save(step)
+        since, clock = step, time.perf_counter()
+    run.progress.say(f"saved {run.out / 'ckpt.pt'}; next: python eval_copy.py {run.out / 'ckpt.pt'}")
+    return 0
 
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        rows = metrics.Metrics(out / "metrics.jsonl", step)
-    progress = metrics.Progress(world, config.max_steps)
-    tokens_per_step = config.batch_size * config.seq_len
-    peak = metrics.peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    flops = metrics.flops_per_token(config)
 
-    def update(step: int):
-        """Update number `step`, from 1: this rank's mean loss and the whole gradient's norm, on the device."""
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=world.device)
-        first = (step - 1) * config.batch_size + world.rank * per_rank  # this rank's first position in the run's order
-        for i in range(first, first + per_rank, micro):
-            window = train_bin.windows(bins.window_indices(config.seed, i, micro, train_bin.n_windows))
-            x, y = on_device(window, world.device)  # (micro, T) each
-            last = i + micro == first + per_rank
-            with contextlib.nullcontext() if last or world.size == 1 else ranks.no_sync():
-                part = ranks(x, y, seed=dropout_seeds(config, i, micro, world.device)) * (micro / per_rank)
+class Run:
+    """What the loop works on: data, model and optimizer, at `step` updates; and the things a run does with them.
+
+    The constructor refuses what cannot be trained before it writes anything. All ranks make the same calls in the same order.
+    """
+
+    def __init__(self, config: Config, world: distributed.World):
+        self.config, self.world, self.out = config, world, Path(config.out_dir)
+        folder = open_data(config, world)
+        self.train_bin, self.val_bin = (bins.Bin(folder / f"{s}.bin", config.seq_len, config.vocab_size) for s in bins.SPLITS)
+        self.val_windows = bins.order(0, 0, self.val_bin.n_windows)[: config.eval_batches * config.batch_size]
+        self.meta, self.words = bins.load_meta(folder), vocab.load(folder, config.vocab_size)
+        if self.words.size > config.vocab_size:
+            needs = self.words.size
+            raise ConfigError(f"vocab_size={config.vocab_size}: {folder} has {needs} ids; pass --vocab_size={needs}")
+        self.tests = copy_tests(config, self.words)
+        self.per_rank, self.micro = batch_split(config, world)
+
+        torch.manual_seed(config.seed)
+        ops = kernels.choose(config.kernels, world.device, config.head_dim)
+        dtype = distributed.pick_dtype(config.dtype, world.device)
+        self.model = Llama(config.model(), ops, dtype).to(world.device)
+        self.optimizer = make_optimizer(self.model, config)
+        self.fingerprint = bins.fingerprint(folder)
+        self.step = resume(config, self.model, self.optimizer, self.fingerprint, world)
+        self.saved, self.ckpt = self.step or None, {}  # the step that ckpt.pt holds; the seconds it took, for the next row
+        announce(self)
+        self.stop = distributed.StopSignal()
+        self.progress = metrics.Progress(world, config.max_steps)
+
+    def begin(self) -> bool:
+        """Compiles, opens the run directory, and makes the measurements of step 0, or those that a signal cut short at the
+        step resumed from; False where one cuts them short again.
+        """
+        compile_blocks(self.model, self.config, self.world)
+        self.ranks = DistributedDataParallel(self.model) if self.world.size > 1 else self.model
+        row = {"step": self.step, "tokens": self.step * self.config.batch_size * self.config.seq_len}
+        if self.world.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            self.rows = metrics.Metrics(self.out / "metrics.jsonl", self.step)
+            row |= self.rows.last
+        self.model.train()
+        measured = {}
+        if any(self.due(self.step)) and self.world.any(self.world.rank == 0 and not metrics.is_measured(row)):
+            measured = self.measure(self.step)
+        if len(row | (measured or {})) > 2:
+            self.record(row | (measured or {}))
+        return measured is not None
+
+    def update(self, step: int):
+        """Update number `step`, from 1. Returns on the device the loss, this rank's own, and the gradient's norm (3,); None
+        where the run was asked to stop on the way: nothing was changed.
+
+        Neither does a loss or norm that is not finite change parameters or moments. All ranks see the same two.
+        """
+        config, world = self.config, self.world
+        self.optimizer.zero_grad()
+        own = torch.zeros((), device=world.device)
+        first = self.position(step, world.rank)
+        for i in range(first, first + self.per_rank, self.micro):
+            if world.any(self.stop.asked):
+                return None
+            window = self.train_bin.windows(self.windows(i, self.micro))
+            x, y = distributed.on_device(window, world.device)  # (micro, T) each
+            last = i + self.micro == first + self.per_rank
+            with contextlib.nullcontext() if last or world.size == 1 else self.ranks.no_sync():
+                part = self.ranks(x, y, seed=dropout_seeds(config, i, self.micro, world.device)) * (self.micro / self.per_rank)
                 part.backward()
-            loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        for group in optimizer.param_groups:
+            own += part.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        loss = world.sum(own) / world.size
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        optimizer.step()
-        return loss, norm
+        self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # where it is 1, fused AdamW changes nothing
+        self.optimizer.step()
+        return torch.stack((loss, own, norm))
 
-    def measure(step: int) -> dict:
-        """Validation and the copy test, where they are due."""
-        row = {}
-        if config.eval_interval and step % config.eval_interval == 0:
-            row |= validate(model, val_bin, config, micro, world)
-            if meta:
-                val = meta["splits"]["val"]
-                row["val_bpb"] = row["val_loss"] / math.log(2) * val["tokens"] / val["bytes"]
-        if config.copy_eval_interval and step > 0 and step % config.copy_eval_interval == 0:
-            if world.rank == 0:
-                row |= eval_copy.training_row(model, words, tests)
-            world.wait()
+    def look(self, step: int, health) -> dict:
+        """What update `step` gave, read by the host. Raises RunFailed, on all ranks, where it is not finite."""
+        loss, own, norm = health.tolist()
+        if not math.isfinite(loss + norm):
+            bad = self.world.sum(torch.eye(self.world.size)[self.world.rank] * (not math.isfinite(own))).nonzero().flatten()
+            where = []
+            for rank in bad.tolist():
+                windows = ", ".join(map(str, self.windows(self.position(step, rank), self.per_rank)))
+                where.append(f"on rank {rank}, windows {windows}")
+            raise RunFailed(
+                f"step {step}: loss {loss}, gradient norm {norm}; {'; '.join(where) or 'the loss is finite on each rank'}; "
+                f"the update was left out and nothing more was saved; its batch: python -m data.bins {self.out} --step {step}"
+            )
+        tokens = step * self.config.batch_size * self.config.seq_len
+        return {"step": step, "tokens": tokens, "loss": loss, "lr": learning_rate(step, self.config), "grad_norm": norm}
+
+    def position(self, step: int, rank: int) -> int:
+        """Where in the run's order a rank's share of the batch of update `step` begins."""
+        return (step - 1) * self.config.batch_size + rank * self.per_rank
+
+    def windows(self, start: int, count: int):
+        return bins.window_indices(self.config.seed, start, count, self.train_bin.n_windows)
+
+    def rates(self, seconds: float, step: int) -> dict:
+        """The speed, from the seconds that an update took of late, and what the last checkpoint took."""
+        speed = self.config.batch_size * self.config.seq_len / seconds
+        row = {"ms": 1000 * seconds, "tokens_per_s": speed} | self.ckpt
+        if self.world.device.type == "cuda" and (peak := metrics.peak_flops(torch.cuda.get_device_name(self.world.device))):
+            row["mfu"] = speed * metrics.flops_per_token(self.config) / (peak * self.world.size)
+        return row | {"eta_s": seconds * (self.config.max_steps - step)}
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Whether validation and the copy test are."""
+        val, copy = (n > 0 and step % n == 0 for n in (self.config.eval_interval, self.config.copy_eval_interval))
+        return val, copy and step > 0
+
+    def measure(self, step: int) -> dict | None:
+        """Validation and the copy test where they are due; None where the run was asked to stop on the way."""
+        (val, copy), row = self.due(step), {}
+        if val:
+            row |= validate(self.model, self.val_bin, self.val_windows, self.micro, self.world, self.stop)
+            if self.meta and row:
+                split = self.meta["splits"]["val"]
+                row["val_bpb"] = row["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
+        if copy and self.world.rank == 0:
+            row |= self.stop.interruptible(lambda: eval_copy.training_row(self.model, self.words, self.tests)) or {}
+        if (val or copy) and self.world.any(self.stop.asked):
+            return None
+        if row:
+            self.progress.say(metrics.measured_line(row))
         return row
 
-    def record(row: dict):
-        if world.rank == 0:
-            rows.write(row)
+    def record(self, row: dict):
+        if self.world.rank == 0:
+            self.rows.write(row)
+        self.ckpt = {}
 
-    stop = distributed.StopSignal()
-    model.train()
-    if step == 0 and (row := measure(0)):
-        record({"step": 0, "tokens": 0} | row)
-        progress.say(metrics.measured_line(row))
-    start = since = step
-    clock = time.perf_counter()
-    for step in range(start + 1, config.max_steps + 1):
-        loss, norm = update(step)
-        row = {"step": step, "tokens": step * tokens_per_step}
-        stopped = world.any(stop.asked)
-        save = step % config.ckpt_interval == 0 or step == config.max_steps or stopped
-        if save or step % config.log_interval == 0 or step == start + 1:
-            mean = world.sum(loss).item() / world.size
-            row |= {"loss": mean, "lr": learning_rate(step, config), "grad_norm": norm.item()}
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise RunFailed(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; nothing more was saved")
-            seconds = (time.perf_counter() - clock) / (step - since)
-            row |= {"ms": 1000 * seconds, "tokens_per_s": tokens_per_step / seconds}
-            if peak:
-                row["mfu"] = row["tokens_per_s"] * flops / (peak * world.size)
-            row["eta_s"] = seconds * (config.max_steps - step)
-            progress.show(row)
-        measured = measure(step)
-        if measured:
-            progress.say(metrics.measured_line(measured))
-        if len(row | measured) > 2:
-            record(row | measured)
-        if world.rank == 0 and config.ckpt_milestones and checkpoint.is_milestone(step):
-            checkpoint.save(out / f"milestone_{step}.pt", weights(model, step, config, words))
-        if world.rank == 0 and save:
-            state = {"optimizer": optimizer.state_dict(), "data_fingerprint": fingerprint}
-            checkpoint.save(out / "ckpt.pt", weights(model, step, config, words) | state)
-            checkpoint.keep(out, step, config.ckpt_keep)
-        if stopped and step < config.max_steps:
-            progress.say(f"stopped; saved {out / 'ckpt.pt'} at step {step}: the same command goes on from there")
-            return 3
-        if save or measured or step % config.log_interval == 0:
-            since, clock = step, time.perf_counter()
-    progress.say(f"saved {out / 'ckpt.pt'}; next: python eval_copy.py {out / 'ckpt.pt'}")
-    return 0
+    def save(self, step: int):
+        started = time.perf_counter()
+        if self.world.rank == 0:
+            state = {"optimizer": self.optimizer.state_dict()["state"], "data_fingerprint": self.fingerprint}
+            checkpoint.save(self.out / "ckpt.pt", self.weights(step) | state)
+            checkpoint.keep(self.out, step, self.config.ckpt_keep)
+        self.saved, self.ckpt = step, {"ckpt_s": time.perf_counter() - started}
+
+    def save_milestone(self, step: int):
+        if self.world.rank == 0:
+            checkpoint.save(self.out / f"milestone_{step}.pt", self.weights(step))
+
+    def weights(self, step: int) -> dict:
+        """What a checkpoint needs to be evaluated."""
+        config, words = dataclasses.asdict(self.config), self.words.state()
+        return {"model": self.model.state_dict(), "step": step, "config": config, "tokenizer": words}
+
+    def leave(self, step: int) -> int:
+        """Ends a run that was asked to stop at `step`; -> the exit status."""
+        if self.saved != step:
+            self.save(step)
+        self.progress.say(f"stopped; saved {self.out / 'ckpt.pt'} at step {step}: the same command goes on from there")
+        return 3
 
 
 def open_data(config: Config, world) -> Path:
@@ -189,14 +275,13 @@ def batch_split(config: Config, world) -> tuple[int, int]:
     return per_rank, micro
 
 
-def make_optimizer(model: Llama, config: Config, device) -> torch.optim.AdamW:
+def make_optimizer(model: Llama, config: Config) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices, none on norm weights."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def compile_blocks(model: Llama, config: Config, world):
@@ -234,98 +319,51 @@ def dropout_seeds(config: Config, start: int, count: int, device):
     return torch.from_numpy(seeds[start % config.batch_size :][:count]).to(device)
 
 
-def on_device(windows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T+1) ids -> inputs and targets (B, T) on the device."""
-    tokens = torch.from_numpy(windows)
-    tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-@torch.no_grad()
-def validate(model: Llama, val_bin: bins.Bin, config: Config, micro: int, world) -> dict:
-    """Mean loss in nats per token over fixed windows, the same for any number of ranks: of all tokens, and of new and
-    repeated ones apart. A token is repeated where it and the two before it occurred in that order earlier in its window.
-    """
-    n = min(config.eval_batches * config.batch_size, val_bin.n_windows)
-    windows = bins.order(0, 0, val_bin.n_windows)[:n]
-    windows = windows[world.rank :: world.size]
-    sums = torch.zeros(2, 2, dtype=torch.float64)  # (new, repeated) x (loss, tokens)
-    model.eval()
-    for i in range(0, len(windows), micro):
-        ids = val_bin.windows(windows[i : i + micro])
-        x, y = on_device(ids, world.device)
-        hidden = model.hidden(x)  # (B, T, D)
-        again = torch.from_numpy(repeated(ids)).to(world.device)  # (B, T)
-        for kind, mask in enumerate((~again, again)):
-            count = mask.sum().item()
-            if count:
-                loss = model.loss(hidden, y.masked_fill(~mask, -100))
-                sums[kind] += torch.tensor([loss.item() * count, count])
-    model.train()
-    (new, n_new), (old, n_old) = world.sum(sums).tolist()
-    row = {"val_loss": (new + old) / (n_new + n_old)}
-    if n_new and n_old:
-        row |= {"val_loss_new": new / n_new, "val_loss_repeated": old / n_old}
-    return row
-
-
-def repeated(ids: np.ndarray) -> np.ndarray:
-    """ids (B, T+1) -> (B, T) bool: whether target t ends a trigram that occurred earlier in its window."""
-    B, T = ids.shape[0], ids.shape[1] - 1
-    trigrams = (ids[:, :-2] * 65536 + ids[:, 1:-1]) * 65536 + ids[:, 2:]  # (B, T-1), 48 bits each
-    again = np.zeros((B, T), dtype=bool)
-    for row, keys in enumerate(trigrams):
-        _, first = np.unique(keys, return_index=True)
-        again[row, 1:] = True
-        again[row, 1 + first] = False
-    return again
-
-
-def weights(model: Llama, step: int, config: Config, words) -> dict:
-    """What a checkpoint needs to be evaluated."""
-    return {
-        "model": model.state_dict(), "step": step, "config": dataclasses.asdict(config), "tokenizer": words.state()
-    }  # fmt: skip
-
-
 def resume(config: Config, model: Llama, optimizer, fingerprint: str, world) -> int:
-    """Loads the run's own checkpoint, or the one asked for, and returns its step; 0 for a new run."""
-    path = Path(config.out_dir) / "ckpt.pt" if config.resume == "auto" else Path(config.resume)
-    if config.resume == "none" or (config.resume == "auto" and not path.exists()):
+    """Loads the run's own newest checkpoint, or the one asked for, and returns its step; 0 for a new run."""
+    if config.resume == "none":
         return 0
-    state = checkpoint.load(path)
+    paths = checkpoint.newest_first(Path(config.out_dir)) if config.resume == "auto" else [Path(config.resume)]
+    while paths:
+        path = paths.pop(0)
+        try:
+            state = checkpoint.load(path)
+            break
+        except checkpoint.CheckpointError as e:
+            if not paths:
+                raise
+            world.say(f"warning: {e}; taking {paths[0]}")
+    else:
+        return 0
     if "optimizer" not in state:
         raise checkpoint.CheckpointError(f"{path}: a milestone holds weights alone; resume from a ckpt.pt")
-    now = dataclasses.asdict(config)
-    changed = [
-        f"{name} {state['config'].get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in settings.MAY_CHANGE and state["config"].get(name) != value
-    ]
-    if state["data_fingerprint"] != fingerprint:
+    changed = settings.changed(state["config"], config)
+    if state.get("data_fingerprint") != fingerprint:
         changed.append(f"the data in {config.data}")
     if changed:
         raise ConfigError(
             f"{path}: made with other settings: {', '.join(changed)}; set them back, name another --out_dir, or start anew "
             "with --resume=none"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoint.restore(path, state, model, optimizer)
     world.say(f"resuming {path} at step {state['step']}")
     return state["step"]
 
 
-def announce(config: Config, model: Llama, train_bin, val_bin, per_rank: int, micro: int, world):
-    c, n = config, sum(p.numel() for p in model.parameters())
-    mode = str(model.dtype).removeprefix("torch.")
+def announce(run: Run):
+    c, model, world = run.config, run.model, run.world
+    n, mode = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
     world.say(
         f"{c.n_layers} layers, dim {c.dim}, {n:,} parameters; {mode} on {world.size} x {world.device.type}, "
         f"{model.ops.__name__.removeprefix('kernels.')} kernels\n"
-        f"batch: {micro} sequences x {per_rank // micro} passes x {world.size} ranks = {c.batch_size} sequences of {c.seq_len} "
-        f"= {c.batch_size * c.seq_len:,} tokens per update\n"
-        f"data: {train_bin.n_tokens:,} training tokens, {val_bin.n_tokens:,} to validate; {c.max_steps:,} updates are "
-        f"{c.max_steps * c.batch_size / train_bin.n_windows:.2f} epochs"
+        f"batch: {run.micro} sequences x {run.per_rank // run.micro} passes x {world.size} ranks = {c.batch_size} sequences of "
+        f"{c.seq_len} = {c.batch_size * c.seq_len:,} tokens per update\n"
+        f"data: {run.train_bin.n_tokens:,} training tokens, {run.val_bin.n_tokens:,} to validate; {c.max_steps:,} updates are "
+        f"{c.max_steps * c.batch_size / run.train_bin.n_windows:.2f} epochs"
     )
+    if c.ckpt_milestones:
+        count = sum(map(checkpoint.is_milestone, range(c.max_steps + 1)))
+        world.say(f"milestones: {count} files of {4 * n / 1e6:,.1f} MB, {4 * n * count / 1e9:,.2f} GB in all")
 
 
 def main(config: Config) -> int:
@@ -335,12 +373,13 @@ def main(config: Config) -> int:
         return train(config, world)
     except (ConfigError, bins.DataError, checkpoint.CheckpointError, kernels.KernelError) as e:
         problem, status = str(e), 2
-    except RunFailed as e:
+    except (RunFailed, bins.DataChanged) as e:
         problem, status = str(e), 4
     except OSError as e:
-        problem, status = f"{e.filename or config.out_dir}: {e.strerror}", 4 if e.errno == errno.ENOSPC else 2
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        problem, status = f"{e.filename or config.out_dir}: {e.strerror}", 4 if full else 2
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
+        if not distributed.is_out_of_memory(e):
             raise
         fewer = max(1, min(config.micro_batch_size, config.batch_size) // 2)
         problem, status = f"out of memory; try --micro_batch_size={fewer}, or a smaller model", 2

@@ -1,13 +1,18 @@
 """The format: train.bin and val.bin, headerless little-endian uint16 token ids, with a meta.json beside them.
 
 nanoGPT's and llama2.c's bins are the same bytes and load unchanged, without a meta.json.
+
+    python -m data.bins runs/tiny --step 1000                             the batch of that update, as ids and as text
+    python -m data.bins data/tiny --step 1000 --config configs/tiny.py    the same, with no run there yet
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +20,16 @@ import numpy as np
 FORMAT = 1
 SPLITS = ("train", "val")
 TOKEN = np.dtype("<u2")
+SPLIT = {"tokens": int, "docs": int, "bytes": int, "blake2b": str}
+META = {"vocab_size": int, "fingerprint": str, "tokenizer": dict, "splits": {split: SPLIT for split in SPLITS}}
 
 
 class DataError(ValueError):
     """Data that cannot be used. The message is one line: the thing, its value, what was expected and what mends it."""
+
+
+class DataChanged(RuntimeError):
+    """A bin that is not the file it was when it was opened."""
 
 
 class Writer:
@@ -75,9 +86,8 @@ class Writer:
         says what it should hold and lacks it. Bins without a meta.json would pass for somebody else's.
         """
         splits = {s: self.counts[s] | {"blake2b": self.digests[s].hexdigest()} for s in SPLITS}
-        both = b"".join(self.digests[s].digest() for s in SPLITS)
         own = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": self.vocab_size, "splits": splits}
-        meta = own | meta | {"fingerprint": hashlib.blake2b(both, digest_size=16).hexdigest()}
+        meta = own | meta | {"fingerprint": _both(splits)}
         small = {"meta.json": (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode()} | files
         for name, data in small.items():
             self.files[name] = self._open(name)
@@ -105,7 +115,8 @@ class Bin:
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         if not self.path.is_file():
             raise DataError(f"{path}: no such file")
-        n_bytes, meta = self.path.stat().st_size, load_meta(self.path.parent)
+        self.seen, meta = self._look(), load_meta(self.path.parent)
+        n_bytes = self.path.stat().st_size
         if n_bytes == 0:
             raise DataError(f"{path}: empty; remove its folder and prepare it again")
         if n_bytes % TOKEN.itemsize:
@@ -125,8 +136,20 @@ class Bin:
         self.n_windows = (self.n_tokens - 1) // seq_len
         self.tokens = np.asarray(np.memmap(self.path, TOKEN, mode="r"))  # a plain view: indexing a memmap is slower
 
+    def _look(self):
+        """What changes when the file is cut, written to or replaced; None where it is gone."""
+        with contextlib.suppress(OSError):
+            now = self.path.stat()
+            return now.st_ino, now.st_size, now.st_mtime_ns
+
     def windows(self, indices) -> np.ndarray:
-        """Window numbers (B,) -> token ids (B, seq_len + 1) int64. Raises DataError for an id >= vocab_size."""
+        """Window numbers (B,) -> token ids (B, seq_len + 1) int64.
+
+        Raises DataError for an id >= vocab_size, and DataChanged where the file is not what it was: reading a mapped file
+        that was cut would kill the process.
+        """
+        if self._look() != self.seen:
+            raise DataChanged(f"{self.path}: changed since this run opened it; put the data back, and run the same command")
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
         ids = self.tokens[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)  # (B, T+1)
         # Here and not on the device, where an embedding asked for too large an id aborts the whole process.
@@ -168,7 +191,31 @@ def load_meta(folder) -> dict | None:
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise DataError(f"{path}: format {found}, expected {FORMAT} of data.prepare; remove the folder and prepare it again")
-    return meta
+    if wrong := _misfit(meta, META):
+        raise DataError(f"{path}: {wrong} is missing or of the wrong kind; remove the folder and prepare it again")
+    with contextlib.suppress(ValueError):
+        if meta["fingerprint"] == _both(meta["splits"]):
+            return meta
+    raise DataError(f"{path}: its fingerprint is not that of its splits; remove the folder and prepare it again")
+
+
+def _both(splits: dict) -> str:
+    """The fingerprint of a dataset: a hash of its splits' hashes."""
+    digests = b"".join(bytes.fromhex(splits[s]["blake2b"]) for s in SPLITS)
+    return hashlib.blake2b(digests, digest_size=16).hexdigest()
+
+
+def _misfit(value, shape) -> str | None:
+    """The first entry of nested dicts that is not of the type that `shape` has in its place, by its name."""
+    if not isinstance(shape, dict):
+        return None if type(value) is shape else ""
+    if not isinstance(value, dict):
+        return ""
+    for name, below in shape.items():
+        wrong = _misfit(value.get(name), below)
+        if wrong is not None:
+            return f"{name}.{wrong}" if wrong else name
+    return None
 
 
 def fingerprint(folder) -> str:
@@ -190,3 +237,50 @@ def fingerprint(folder) -> str:
                 file.seek(max(size - 2**20, 0))
                 digest.update(file.read(2**20))
     return digest.hexdigest()
+
+
+def batch(path: Path, step: int, config: Path | None):
+    """The batch of update `step`: its sequences' window numbers (B,), their ids (B, seq_len + 1), and the vocabulary.
+
+    path: a run directory, whose config.json tells the rest, or a data folder; config: a config.json, or a config's .py file.
+    """
+    from data import vocab
+    from runtime.config import from_dict, load  # what a run's config means is said there alone
+
+    source = config or path / "config.json"
+    if not source.exists():
+        raise DataError(f"{source}: not found; name a run directory, or a data folder and its --config")
+    try:
+        c = load([str(source)]) if source.suffix == ".py" else from_dict(json.loads(source.read_bytes()))
+    except ValueError as e:
+        raise DataError(f"{source}: {e}") from None
+    if step < 1:
+        raise DataError(f"--step={step}: updates count from 1")
+    folder = path if (path / "train.bin").exists() else Path(c.data)
+    data = Bin(folder / "train.bin", c.seq_len, c.vocab_size)
+    windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
+    return windows, data.windows(windows), vocab.load(folder, c.vocab_size)
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0: shown; 2: the user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m data.bins", description="Shows the exact batch of an update.")
+    parser.add_argument("path", type=Path, metavar="PATH", help="run directory, or data folder")
+    parser.add_argument("--step", type=int, required=True, metavar="S", help="the update, from 1")
+    parser.add_argument("--config", type=Path, metavar="CONFIG", help="config of a run; default: config.json in PATH")
+    args = parser.parse_args(argv)
+    try:
+        windows, ids, words = batch(args.path, args.step, args.config)
+    except (DataError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    with contextlib.suppress(BrokenPipeError):
+        for i, (window, row) in enumerate(zip(windows, ids.tolist(), strict=True)):
+            print(f"sequence {i}, window {window}\nids  {' '.join(map(str, row))}\ntext {words.decode(row)!r}\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    from data import bins  # this very file, under the name that the others know it by
+
+    sys.exit(bins.main(sys.argv[1:]))

@@ -154,9 +154,16 @@ class Ids(Vocab):
 
 def from_state(state: dict) -> Vocab:
     kinds = {"bytes": Bytes, "chars": Chars, "sentencepiece": SentencePiece, "ids": Ids}
-    if state["kind"] not in kinds:
-        raise DataError(f"tokenizer kind {state['kind']!r}: expected one of {', '.join(kinds)}")
-    return kinds[state["kind"]](**{name: value for name, value in state.items() if name != "kind"})
+    kind = state.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise DataError(f"tokenizer kind {kind!r}: expected one of {', '.join(kinds)}")
+    values = {name: value for name, value in state.items() if name != "kind"}
+    try:
+        return kinds[kind](**values)
+    except (TypeError, ValueError, AttributeError) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"tokenizer of kind {kind!r}: {', '.join(values) or 'nothing'} cannot be read") from None
 
 
 def to_meta(vocab: Vocab) -> tuple[dict, dict[str, bytes]]:

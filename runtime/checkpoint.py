@@ -1,7 +1,8 @@
 """One file per checkpoint: tensors and plain values, read by `torch.load(weights_only=True)`, which runs no code.
 
 model              parameter name -> tensor, fp32
-optimizer, step    AdamW's state, and how many updates were made (absent from milestones: weights alone)
+step               how many updates were made
+optimizer          AdamW's moments, parameter number -> name -> tensor (absent from milestones: weights alone)
 config             every setting of the run by name
 data_fingerprint   which dataset it was trained on
 tokenizer          data.vocab's state, so that the file alone turns text into ids
@@ -51,10 +52,27 @@ def load(path, device="cpu") -> dict:
         raise
     except Exception as e:  # whatever an arbitrary file can make zipfile and the unpickler say
         raise CheckpointError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
-    missing = {"model", "step", "config", "tokenizer"} - (state.keys() if isinstance(state, dict) else set())
+    kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
+    state = state if isinstance(state, dict) else {}
+    missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or state[name] is True]
     if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")
     return state
+
+
+def restore(path, state: dict, model, optimizer=None):
+    """Puts a checkpoint's weights into the model, and its moments into the optimizer, whose settings stay its own. Raises
+    CheckpointError where they do not fit.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        if optimizer:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
+            for p in model.parameters():
+                moments = optimizer.state[p]
+                assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape and moments["step"].numel() == 1
+    except Exception:  # whatever torch says of weights and moments of other shapes, names and kinds
+        raise CheckpointError(f"{path}: its weights or moments do not fit its own config") from None
 
 
 def keep(folder: Path, step: int, n: int):
@@ -63,9 +81,18 @@ def keep(folder: Path, step: int, n: int):
         kept = folder / f"ckpt_{step}.pt"
         kept.unlink(missing_ok=True)
         os.link(folder / "ckpt.pt", kept)
-        steps = sorted(int(path.stem.removeprefix("ckpt_")) for path in folder.glob("ckpt_*.pt"))
-        for old in steps[:-n]:
-            (folder / f"ckpt_{old}.pt").unlink()
+        for old in sorted(folder.glob("ckpt_*.pt"), key=_step)[:-n]:
+            old.unlink()
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a run directory that a run can go on from: ckpt.pt, then those that were kept."""
+    kept = sorted(folder.glob("ckpt_*.pt"), key=_step, reverse=True)
+    return [path for path in (folder / "ckpt.pt", *kept) if path.exists()]
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("ckpt_"))
 
 
 def is_milestone(step: int) -> bool:

@@ -99,7 +99,7 @@ class Config(ModelConfig):
     copy_eval_interval: int = setting(1000, "updates between copy tests; 0: never")
     log_interval: int = setting(10, "updates between log lines")
     ckpt_interval: int = setting(1000, "updates between checkpoints")
-    ckpt_keep: int = setting(1, "newest checkpoints to keep")
+    ckpt_keep: int = setting(2, "newest checkpoints to keep: the one before is there where the newest is damaged")
     ckpt_milestones: bool = setting(False, "keep the weights of steps 1, 2, 4 ... 512, then of every 1000")
     resume: str = setting("auto", "auto: from the run directory where it has a checkpoint; none: start anew; or a checkpoint")
 
@@ -150,6 +150,15 @@ def load(argv: list[str]) -> Config:
     return from_dict(values)
 
 
+def changed(then: dict, now: Config) -> list[str]:
+    """The settings in which a checkpoint's config differs from the run that goes on from it, of those that may not."""
+    return [
+        f"{name} {then.get(name)} -> {value}"
+        for name, value in dataclasses.asdict(now).items()
+        if name not in MAY_CHANGE and then.get(name) != value
+    ]
+
+
 def read_file(path: Path) -> dict:
     """The names that a config file assigns. Names that begin with _ and imported modules are its own."""
     if not path.is_file():
@@ -157,7 +166,7 @@ def read_file(path: Path) -> dict:
         raise ConfigError(f"{path}: no such config file; here are {have}")
     try:
         names = runpy.run_path(str(path))
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         line = next((f":{t.lineno}" for t in reversed(_frames(e)) if t.filename == str(path)), "")
         raise ConfigError(f"{path}{line}: {type(e).__name__}: {e}") from None
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))}
@@ -171,6 +180,8 @@ def from_dict(values: dict) -> Config:
     """A checked Config. An unknown name is refused with the nearest known one, a wrong type by its name."""
     for name, value in values.items():
         kind = _kind(name)
+        if type(value) is int and abs(value) >= 2**31:
+            raise ConfigError(f"{name}: must be below 2^31")
         if kind is float and type(value) is int:
             values = values | {name: float(value)}
         elif typing.get_origin(kind) is Literal:
@@ -178,6 +189,14 @@ def from_dict(values: dict) -> Config:
         elif type(value) is not kind:
             raise ConfigError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
     return Config(**values)
+
+
+def from_checkpoint(values: dict) -> Config:
+    """from_dict, of values that name the whole shape of a model: a default would stand for weights of another one."""
+    for shape in dataclasses.fields(ModelConfig):
+        if shape.name not in values:
+            raise ConfigError(f"{shape.name}: not among its settings")
+    return from_dict(values)
 
 
 def parse(name: str, text: str):

@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -56,8 +57,13 @@ def start(config: Config) -> World:
         torch.cuda.set_device(device)
     if size == 1:
         return World(rank, size, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device, dist.new_group(backend="gloo"))
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun hands a run that it starts again the store of the one that failed, with the addresses of dead processes.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD)
 
 
 def leave():
@@ -66,17 +72,34 @@ def leave():
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that the loop looks at between updates; a second SIGINT ends at once."""
+    """Turns SIGTERM and SIGINT into a flag that the loop looks at before each pass; a SIGINT after that ends it at once."""
+
+    class Interrupt(BaseException):
+        """Leaves `interruptible`; nothing else catches it."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.inside = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self.asked = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.inside:
+            self.inside = False
+            raise self.Interrupt
+
+    def interruptible(self, f):
+        """f(), or None where a signal came before its end. For what changes nothing and meets no other rank, as evaluations."""
+        try:
+            self.inside = True
+            if self.asked:
+                raise self.Interrupt
+            return f()
+        except self.Interrupt:
+            return None
+        finally:
+            self.inside = False
 
 
 def pick_device(name: str) -> torch.device:
@@ -97,6 +120,19 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def on_device(windows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T+1) ids -> inputs and targets (B, T) on the device."""
+    tokens = torch.from_numpy(windows)
+    tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether an error says that a tensor does not fit into memory, or that its size fits no number."""
+    said = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(text in str(e) for text in said)
 
 
 def keep_freed_memory():

@@ -35,9 +35,12 @@ class Metrics:
     """The rows of runs/<name>/metrics.jsonl: one per step at which something was measured."""
 
     def __init__(self, path: Path, step: int):
-        """Goes on after `step`: rows beyond it are of a future that did not happen, and are cut."""
+        """Goes on after `step`: rows beyond it are of a future that did not happen, and are cut. So is the row of `step`
+        itself, which stands in `last` to be completed and written again; {} where there is none.
+        """
         self.path = path
         rows = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
+        self.last = rows.pop() if rows and rows[-1]["step"] == step else {}
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(aside, path)
@@ -45,6 +48,11 @@ class Metrics:
     def write(self, row: dict):
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def is_measured(row: dict) -> bool:
+    """Whether the row has what validation and the copy test found."""
+    return any(name.startswith(("val_", "copy_")) for name in row)
 
 
 def read(path: Path) -> list[dict]:

@@ -17,7 +17,7 @@ def write(folder, train, val=(0, 1, 2), vocab_size=65536):
     with Writer(folder, vocab_size) as writer:
         writer.add("train", train)
         writer.add("val", val)
-        return writer.commit({"source": "test"}, {})
+        return writer.commit({"source": "test", "tokenizer": {"kind": "bytes"}}, {})
 
 
 def plain(path, tokens):
@@ -162,7 +162,7 @@ def test_meta_counts_what_was_written(tmp_path):
         writer.add("train", [256, 1, 2], n_bytes=2)
         writer.add("train", np.array([256, 3]), n_bytes=1)
         writer.add("val", [], n_bytes=0)
-        meta = writer.commit({"bos_id": 256}, {"extra": b"beside"})
+        meta = writer.commit({"bos_id": 256, "tokenizer": {"kind": "bytes"}}, {"extra": b"beside"})
     assert load_meta(tmp_path) == meta and meta["bos_id"] == 256 and meta["vocab_size"] == 300
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     assert (train["tokens"], train["docs"], train["bytes"]) == (5, 2, 3)
@@ -238,7 +238,7 @@ def test_a_kill_between_the_renames_is_seen_by_the_reader(tmp_path, monkeypatch,
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path, 100) as writer:
         writer.add("train", range(50))
         writer.add("val", range(50))
-        writer.commit({}, {"tokenizer.model": b"model"})
+        writer.commit({"tokenizer": {"kind": "bytes"}}, {"tokenizer.model": b"model"})
     assert load_meta(tmp_path) is not None or not done
     with pytest.raises(DataError, match="no such file"):
         for split in ("train", "val"):

@@ -41,7 +41,7 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
         with pytest.raises(CheckpointError, match=r"x.pt: not a checkpoint"):
             checkpoint.load(path)
     torch.save({"a": 1}, path)
-    with pytest.raises(CheckpointError, match="it has no config, model, step, tokenizer"):
+    with pytest.raises(CheckpointError, match="it has no config, model, step, tokenizer$"):
         checkpoint.load(path)
     torch.save([1], path)
     with pytest.raises(CheckpointError, match="it has no"):

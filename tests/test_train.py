@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -119,7 +118,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extr
     (cut / "ckpt_4.pt").replace(cut / "ckpt.pt")  # as after a kill past step 4
     again = run(settings, **whole | {"out_dir": settings["out_dir"]})
     assert equal(weights(settings), weights(settings, **whole))
-    strip = lambda rows: [{k: r[k] for k in r if k not in ("ms", "tokens_per_s", "eta_s")} for r in rows]  # noqa: E731
+    strip = lambda rows: [{k: r[k] for k in r if k not in ("ms", "tokens_per_s", "eta_s", "ckpt_s")} for r in rows]  # noqa: E731
     assert strip(again) == strip(rows)
 
 
@@ -138,7 +137,7 @@ def test_resume_refuses_other_settings_and_other_data_by_name(settings, tmp_path
     with pytest.raises(ConfigError, match="the data in"):
         run(settings, data=str(write_dataset(tmp_path / "other", seed=5)))
     assert (Path(settings["out_dir"]) / "ckpt.pt").read_bytes() == before
-    assert len(run(settings, max_steps=8, log_interval=2)) == 9  # rows 0..6 were there
+    assert len(run(settings, max_steps=8, log_interval=2)) == 8  # rows 0..6 were there
     assert losses(run(settings, resume="none", seed=1, max_steps=2))[0] != losses(run(settings, resume="none", max_steps=2))[0]
 
 
@@ -189,7 +188,7 @@ def test_each_parameter_is_in_one_group_and_only_matrices_decay():
     for tie in (False, True):
         config = Config(dim=16, n_heads=2, n_layers=2, hidden_dim=8, vocab_size=9, tie_embeddings=tie, weight_decay=0.1)
         model = Llama(config.model(), eager)
-        decayed, kept = train.make_optimizer(model, config, torch.device("cpu")).param_groups
+        decayed, kept = train.make_optimizer(model, config).param_groups
         assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
         ids = [id(p) for p in decayed["params"] + kept["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
@@ -204,28 +203,6 @@ def test_dropout_seeds_depend_on_the_position_in_the_run_alone():
     assert torch.equal(whole, parts) and len(set(whole.tolist())) == 8
     assert not torch.equal(whole, train.dropout_seeds(config, 24, 8, cpu))
     assert train.dropout_seeds(Config(), 0, 8, cpu) is None
-
-
-def test_repeated_marks_the_ends_of_trigrams_seen_before_in_the_window():
-    ids = np.array([[1, 2, 3, 4, 1, 2, 3, 4, 9], [5, 5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
-    targets = [[0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1], [0] * 8]
-    assert train.repeated(ids).astype(int).tolist() == targets
-    large = np.full((1, 5), 65535) - np.array([0, 0, 0, 1, 0])
-    assert train.repeated(large).tolist() == [[False] * 4]
-
-
-def test_validation_is_the_mean_over_tokens_of_fixed_windows(settings):
-    config = from_dict(settings | {"eval_batches": 100})
-    model = Llama(config.model(), eager)
-    val = bins.Bin(Path(config.data) / "val.bin", config.seq_len, config.vocab_size)
-    got = train.validate(model, val, config, 3, WORLD)
-    assert got == train.validate(model, val, config, 3, WORLD)
-    ids = torch.from_numpy(val.windows(np.arange(val.n_windows)))
-    each = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    again = torch.from_numpy(train.repeated(ids.numpy())).flatten()
-    assert got["val_loss"] == pytest.approx(each.mean().item(), abs=1e-6)
-    assert got["val_loss_repeated"] == pytest.approx(each[again].mean().item(), abs=1e-6)
-    assert got["val_loss_new"] == pytest.approx(each[~again].mean().item(), abs=1e-6)
 
 
 def test_bins_without_a_meta_train(settings, tmp_path):

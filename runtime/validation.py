@@ -1,0 +1,52 @@
+"""The loss on held-out windows: of all tokens, and of new and repeated ones apart."""
+
+import numpy as np
+import torch
+
+from runtime import distributed
+
+
+@torch.no_grad()
+def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed.World, stop: distributed.StopSignal) -> dict:
+    """Mean loss in nats per token over the windows numbered `windows`, the same for any number of ranks, some of which may get
+    none; {} where a stop left no rank any. A token is repeated where it and the two before it occurred in that order earlier
+    in its window.
+    """
+    mine = windows[world.rank :: world.size]
+
+    def losses():
+        sums = torch.zeros(2, 2, dtype=torch.float64)  # (new, repeated) x (loss, tokens)
+        for i in range(0, len(mine), micro):
+            ids = val_bin.windows(mine[i : i + micro])
+            x, y = distributed.on_device(ids, world.device)
+            hidden = model.hidden(x)  # (B, T, D)
+            again = torch.from_numpy(repeated(ids)).to(world.device)  # (B, T)
+            for kind, mask in enumerate((~again, again)):
+                count = mask.sum().item()
+                if count:
+                    loss = model.loss(hidden, y.masked_fill(~mask, -100))
+                    sums[kind] += torch.tensor([loss.item() * count, count])
+        return sums
+
+    model.eval()
+    sums = stop.interruptible(losses)
+    model.train()
+    (new, n_new), (old, n_old) = world.sum(torch.zeros(2, 2, dtype=torch.float64) if sums is None else sums).tolist()
+    if not n_new + n_old:
+        return {}
+    row = {"val_loss": (new + old) / (n_new + n_old)}
+    if n_new and n_old:
+        row |= {"val_loss_new": new / n_new, "val_loss_repeated": old / n_old}
+    return row
+
+
+def repeated(ids: np.ndarray) -> np.ndarray:
+    """ids (B, T+1) -> (B, T) bool: whether target t ends a trigram that occurred earlier in its window."""
+    B, T = ids.shape[0], ids.shape[1] - 1
+    trigrams = (ids[:, :-2] * 65536 + ids[:, 1:-1]) * 65536 + ids[:, 2:]  # (B, T-1), 48 bits each
+    again = np.zeros((B, T), dtype=bool)
+    for row, keys in enumerate(trigrams):
+        _, first = np.unique(keys, return_index=True)
+        again[row, 1:] = True
+        again[row, 1 + first] = False
+    return again

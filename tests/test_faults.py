@@ -1,0 +1,258 @@
+"""A run survives what happens to it: killed, its files damaged, its disk full, its data changed. `make soak` tries more."""
+
+import functools
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import bins
+from runtime import checkpoint, metrics
+from runtime.config import ROOT
+from tests import faults
+from tests.conftest import write_dataset
+from tests.faults import fault
+
+TIMES = ("ms", "tokens_per_s", "eta_s", "ckpt_s")
+
+
+@pytest.fixture
+def long(settings):
+    """A run of about a second that saves often."""
+    return settings | dict(max_steps=120, ckpt_interval=3, eval_interval=20, attn_dropout=0.1)
+
+
+def result(settings):
+    """What a run leaves: all that its checkpoint holds, and its rows without the times."""
+    state = checkpoint.load(settings["out_dir"])
+    rows = metrics.read(Path(settings["out_dir"]) / "metrics.jsonl")
+    return state, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def uninterrupted(settings, tmp_path):
+    whole = settings | {"out_dir": str(tmp_path / "whole")}
+    assert faults.run(whole) == 0
+    state, rows = result(whole)
+    return state | {"config": settings | {"out_dir": settings["out_dir"]}}, rows
+
+
+def equals(settings, expected):
+    """Whether the run, now finished, has the parameters, moments and rows of the one that was never disturbed."""
+    (state, rows), (whole, whole_rows) = result(settings), expected
+    return all(same(state[k], whole[k]) for k in ("model", "optimizer", "step")) and rows == whole_rows
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.soak)])
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_never_was(long, tmp_path, kills):
+    expected = uninterrupted(long, tmp_path)
+    rng, n = random.Random(0), 0
+    while n < kills:
+        out = long | {"out_dir": str(tmp_path / f"killed{n}")}
+        process = faults.start(out)
+        while n < kills:
+            process.join(rng.uniform(0.05, 1.0))
+            if process.exitcode is not None:
+                break
+            with fault("SIGKILL at a random moment"):
+                process.kill()
+                process.join()
+                assert process.exitcode == -signal.SIGKILL
+                n += 1
+                process = faults.start(out)
+        process.join(60)
+        assert process.exitcode == 0 and equals(out, expected)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "link", "unlink"])
+@pytest.mark.parametrize("count", [1, 2, 3, pytest.param(8, marks=pytest.mark.soak)])
+def test_killed_while_it_writes_it_ends_as_if_it_never_was(long, tmp_path, call, count):
+    short = long | {"max_steps": 30}
+    expected = uninterrupted(short, tmp_path)
+    with fault("SIGKILL within a checkpoint's write"):
+        assert faults.run(short, functools.partial(faults.kill_at, call, count)) == -signal.SIGKILL
+        assert faults.run(short) == 0 and equals(short, expected)
+
+
+def places(path, each):
+    """Byte positions of every kind that a checkpoint has, `each` of them: headers, pickles, tensors, directory, end."""
+    size, rng, kinds = path.stat().st_size, random.Random(0), {}
+    with zipfile.ZipFile(path) as file:
+        directory = file.start_dir
+        for entry in file.infolist():
+            data = entry.header_offset + 30 + len(entry.filename.encode())
+            kinds.setdefault("header", []).extend(range(entry.header_offset, data))
+            kind = "pickle" if entry.filename.endswith(".pkl") else "tensor" if "/data/" in entry.filename else "small entry"
+            kinds.setdefault(kind, []).extend(range(data, data + entry.file_size))
+    kinds |= {"directory": range(directory, size - 22), "end": range(size - 22, size)}
+    return {kind: rng.sample(range_, min(each, len(range_))) for kind, range_ in kinds.items()}
+
+
+@pytest.mark.parametrize("each", [8, pytest.param(400, marks=pytest.mark.soak)])
+def test_a_checkpoint_with_one_byte_changed_or_its_end_cut_off_is_refused_or_whole(settings, tmp_path, each):
+    assert faults.run(settings | dict(dim=8, hidden_dim=8, max_steps=1)) == 0
+    path, copy = Path(settings["out_dir"]) / "ckpt.pt", tmp_path / "copy.pt"
+    whole, bytes_ = checkpoint.load(path), path.read_bytes()
+    for kind, positions in places(path, each).items():
+        refused = 0
+        for i, position in enumerate(positions):
+            with fault(f"checkpoint damaged: {kind}"):
+                flipped = bytes_[:position] + bytes([bytes_[position] ^ 1 << i % 8]) + bytes_[position + 1 :]
+                copy.write_bytes(flipped if i % 4 else bytes_[:position])
+                try:
+                    assert same(checkpoint.load(copy), whole), f"{kind}, byte {position}"  # a time stamp, padding
+                except checkpoint.CheckpointError as e:
+                    refused += 1
+                    assert len(str(e).splitlines()) == 1 and str(copy) in str(e)
+        assert refused >= len(positions) // 4, kind
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(settings, tmp_path):
+    expected = uninterrupted(settings, tmp_path)
+    assert faults.run(settings | {"max_steps": 3}) == faults.run(settings | {"max_steps": 6}) == 0
+    out = Path(settings["out_dir"])
+    assert sorted(p.name for p in out.glob("*.pt")) == ["ckpt.pt", "ckpt_3.pt", "ckpt_6.pt"]
+    data = bytearray((out / "ckpt.pt").read_bytes())
+    data[places(out / "ckpt.pt", 1)["tensor"][0]] ^= 1
+    (out / "ckpt.pt").write_bytes(data)  # and with it ckpt_6.pt: one file by two names
+    with fault("newest checkpoint damaged"):
+        assert faults.run(settings) == 0
+        log = faults.log_of(settings).read_text()
+        assert f"warning: {out / 'ckpt.pt'}: damaged" in log and f"taking {out / 'ckpt_3.pt'}" in log
+        assert equals(settings, expected)
+    for path in out.glob("*.pt"):
+        path.write_bytes(b"no checkpoint")
+    assert faults.run(settings) == 2
+
+
+CHANGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "written to": lambda path: path.open("r+b").write(b"\0\0"),
+    "replaced": lambda path: os.replace(path.with_name("val.bin"), path),
+    "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_bin_that_changes_under_a_run_ends_it_with_status_4(long, tmp_path, name):
+    data = write_dataset(tmp_path / "set")
+    endless = long | dict(data=str(data), max_steps=10**6)
+    process = faults.start(endless)
+    rows, ckpt = Path(long["out_dir"]) / "metrics.jsonl", Path(long["out_dir"]) / "ckpt.pt"
+    wait_for(ckpt.exists)
+    with fault(f"bin {name} while training"):
+        CHANGES[name](data / "train.bin")
+        process.join(60)
+        assert process.exitcode in (4, -signal.SIGBUS)  # cut between the look and the read, which no program can prevent
+        if process.exitcode == 4:
+            assert f"{data / 'train.bin'}: changed since" in faults.log_of(long).read_text().splitlines()[-1]
+        assert checkpoint.load(ckpt)["step"] > 0 and metrics.read(rows)
+
+
+def test_a_full_disk_ends_the_run_with_status_4_and_the_checkpoint_before_whole(settings, tmp_path):
+    expected = uninterrupted(settings, tmp_path)
+    assert faults.run(settings | {"max_steps": 3}) == 0
+    path = Path(settings["out_dir"]) / "ckpt.pt"
+    before = path.read_bytes()
+    with fault("disk full"):
+        assert faults.run(settings, functools.partial(faults.no_file_beyond, len(before) // 2)) == 4
+        assert path.read_bytes() == before and not list(path.parent.glob("*.tmp"))
+        assert "File too large" in faults.log_of(settings).read_text().splitlines()[-1]
+        assert faults.run(settings) == 0 and equals(settings, expected)
+
+
+def launch(settings, *options, **kwargs):
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options, "train.py"]
+    args = [f"--{k}={v}" for k, v in settings.items()]
+    return subprocess.Popen([*launcher, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def children(pid) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
+def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_never_was(long, tmp_path):
+    long = long | {"max_steps": 150}
+    two = ("--nproc_per_node=2", "--standalone", "--max-restarts=1")
+    whole = long | {"out_dir": str(tmp_path / "whole")}
+    assert launch(whole, *two).communicate(timeout=120) and (tmp_path / "whole/ckpt.pt").exists()
+    launcher = launch(long, *two)
+    wait_for((Path(long["out_dir"]) / "ckpt.pt").exists)
+    with fault("rank killed under torchrun"):
+        os.kill(children(launcher.pid)[1], signal.SIGKILL)
+        output = launcher.communicate(timeout=120)[0]
+        assert launcher.returncode == 0 and "resuming" in output, output
+        assert equals(long, result(whole))
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "run by the unpickler")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    mark = tmp_path / "mark"
+    for save in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
+        with fault("hostile checkpoint"):
+            save({"model": Hostile(mark), "step": 1, "config": {}, "tokenizer": {}}, tmp_path / "ckpt.pt")
+            with pytest.raises(checkpoint.CheckpointError, match="not a checkpoint of this trainer"):
+                checkpoint.load(tmp_path / "ckpt.pt")
+            assert not mark.exists()
+    pickle.loads(pickle.dumps(Hostile(mark)))
+    assert mark.exists()  # it is hostile
+
+
+@pytest.mark.soak
+def test_memory_does_not_grow_over_5000_steps(settings):
+    """Peak resident memory, from the kernel, in the 500 steps after the first 500 and at the end."""
+    process = faults.start(settings | dict(max_steps=5000, log_interval=100, eval_interval=500, ckpt_interval=500))
+    rows, peaks = Path(settings["out_dir"]) / "metrics.jsonl", {}
+    while process.is_alive():
+        if rows.exists() and (read := metrics.read(rows)):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peaks[read[-1]["step"]] = int(status.split("VmHWM:")[1].split()[0])
+        time.sleep(0.05)
+    early, late = max(peaks[s] for s in peaks if s <= 1000), peaks[max(peaks)]
+    assert max(peaks) > 4000 and late <= 1.01 * early, (early, late)
+
+
+def test_the_batch_viewer_shows_what_the_run_trained_on(settings, capsys):
+    assert faults.run(settings) == 0
+    seen = [bins.batch(Path(settings["out_dir"]), step, None) for step in (1, 2)]
+    data = bins.Bin(Path(settings["data"]) / "train.bin", 31, 17)
+    for step, (windows, ids, _) in enumerate(seen):
+        assert windows.tolist() == bins.order(0, 0, data.n_windows)[8 * step : 8 * step + 8].tolist()
+        assert np.array_equal(ids, data.windows(windows))
+    assert bins.main([settings["out_dir"], "--step=2"]) == 0
+    text = capsys.readouterr().out
+    assert f"sequence 7, window {seen[1][0][7]}" in text and " ".join(map(str, seen[1][1][7])) in text
+    for wrong in (["--step=0"], ["--step=1", "--config=none.json"]):
+        assert bins.main([settings["out_dir"], *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
