@@ -391,4 +391,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    distributed.exit(main(CONFIG))

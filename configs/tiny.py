@@ -13,7 +13,7 @@ rope_theta = 1e6  # most channels turn little within 128 positions, and can matc
 
 batch_size = 16
 micro_batch_size = 16
-max_steps = 4500
+max_steps = 5500
 learning_rate = 5e-3
 warmup_steps = 100
 schedule = "cosine"

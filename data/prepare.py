@@ -77,8 +77,8 @@ REPEATS = {
     "length": (int, 128, "tokens in a row, bos among them: the seq_len to train with"),
     "rows": (int, 90000, "rows in all, one document each"),
     "span_min": (int, 32, "shortest segment, in characters"),
-    "span_max": (int, 64, "longest segment that goes round and round, in characters"),
-    "tiled": (float, 0.7, "share of rows that are one segment over and over; in the others pieces of it begin anywhere"),
+    "span_max": (int, 64, "longest segment, in characters"),
+    "tiled": (float, 0.85, "share of rows that are one segment over and over; in the others pieces of it begin anywhere"),
 }
 
 

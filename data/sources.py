@@ -67,7 +67,7 @@ def _parts(whole):
         start = end
 
 
-def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled=0.7, seed=0):
+def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled=0.85, seed=0):
     """Synthetic rows in which earlier spans come again, so that a model must learn to copy to lower its loss.
 
     A row is one document of length - 1 characters: with bos before it, exactly one window of seq_len=length.
@@ -89,15 +89,14 @@ def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled
 
 
 def repeat_row(rng, n, alphabet, span_min, span_max, tiled):
-    """One row: n symbols (n,) of 0..alphabet-1 that begin with a random segment and repeat it in one of two ways.
+    """One row: n symbols (n,) of 0..alphabet-1, all but the first span_min..span_max of them repeated.
 
-    With probability `tiled` a segment of span_min to span_max goes round and round: one match tells the period, and with it
-    all the rest. Otherwise it has span_min to n - 16 symbols, and pieces of it of 12 to 40 follow that begin anywhere: each
-    must be matched anew, at any distance.
+    A random segment comes first. With probability `tiled` it then goes round and round: one match tells the period, and
+    with it all the rest. Otherwise pieces of it of 12 to 40 symbols follow that begin anywhere: each must be matched anew.
     """
+    segment = rng.integers(alphabet, size=rng.integers(span_min, span_max + 1))
     if rng.random() < tiled:
-        return np.resize(rng.integers(alphabet, size=rng.integers(span_min, span_max + 1)), n)
-    segment = rng.integers(alphabet, size=rng.integers(span_min, max(span_min, n - 16) + 1))
+        return np.resize(segment, n)
     pieces = [segment]
     while sum(map(len, pieces)) < n:
         pieces.append(np.roll(segment, -rng.integers(len(segment)))[: rng.integers(12, 41)])

@@ -63,12 +63,21 @@ def start(config: Config) -> World:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else dist.group.WORLD)
+    return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else None)
 
 
 def leave():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit(status: int):
+    """Ends this process. A rank of several leaves without the interpreter's clean-up, in which gloo's threads may abort."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class StopSignal:

@@ -14,8 +14,16 @@ import torch
 
 from data.bins import Writer
 from data.vocab import Chars, to_meta
+from tests.faults import TALLY
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if TALLY:
+        terminalreporter.section("faults")
+        for kind, (tried, survived) in TALLY.items():
+            terminalreporter.line(f"{kind:<40}{tried:>6} tried {survived:>6} survived {tried - survived:>4} lost")
 
 
 def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 FORK = multiprocessing.get_context("forkserver")
@@ -65,6 +66,20 @@ def kill_at(name: str, count: int):
         return original(*args, **kwargs)
 
     setattr(os, name, deadly)
+
+
+def slow_copy_test():
+    """The copy test made during training takes a minute."""
+    import eval_copy
+
+    eval_copy.training_row = lambda *_: [time.sleep(0.01) for _ in range(6000)] and {}
+
+
+def slow_update():
+    """The first pass takes a minute."""
+    import train
+
+    train.dropout_seeds = lambda *_: print("updating", flush=True) or [time.sleep(0.01) for _ in range(6000)]
 
 
 def no_file_beyond(size: int):

@@ -60,3 +60,11 @@ def test_each_file_of_the_map_exists():
         indented, name = name.startswith(" "), name.strip()
         folder = folder if indented else (name if name.endswith("/") else "")
         assert (ROOT / (folder + name if indented else name)).exists(), name
+
+
+def test_each_trap_names_tests_that_exist():
+    rows = re.findall(r"^\| (\d+) \|.*", traps := (ROOT / "tests/TRAPS.md").read_text(), re.M)
+    assert rows == [str(i) for i in range(1, 41)]
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py")), re.M))
+    named = set(re.findall(r"`(test_\w+)`", traps))
+    assert len(named) > 30 and named <= defined
