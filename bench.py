@@ -86,12 +86,14 @@ def tokens_per_second(c: Config, ours: bool, seconds: float) -> float:
     else:
         model = PlainLlama(c)
         optimizer = torch.optim.AdamW(model.parameters())
+    micro = min(c.micro_batch_size, c.batch_size) if ours else c.batch_size
     windows = np.random.default_rng(0).integers(c.vocab_size, size=(c.batch_size, c.seq_len + 1))
     x, y = distributed.on_device(windows, device)
 
     def step():
         optimizer.zero_grad()
-        model(x, y).backward()
+        for i in range(0, c.batch_size, micro):
+            (model(x[i : i + micro], y[i : i + micro]) * (micro / c.batch_size)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
 

@@ -107,7 +107,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, config)
         self.fingerprint = bins.fingerprint(folder)
         self.step = resume(config, self.model, self.optimizer, self.fingerprint, world)
-        self.saved, self.ckpt = self.step or None, {}  # the step that ckpt.pt holds; the seconds it took, for the next row
+        self.saved, self.ckpt = None, {}  # the step that this run saved last; the seconds it took, for the next row
         announce(self)
         self.stop = distributed.StopSignal()
         self.progress = metrics.Progress(world, config.max_steps)
