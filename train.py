@@ -367,25 +367,30 @@ def announce(run: Run):
 
 
 def main(config: Config) -> int:
-    world = None
+    """The run, its failures turned into one line and an exit status. What all ranks see, rank 0 says; else whoever sees it."""
+    world, alone = None, False
     try:
         world = distributed.start(config)
         return train(config, world)
     except (ConfigError, bins.DataError, checkpoint.CheckpointError, kernels.KernelError) as e:
         problem, status = str(e), 2
-    except (RunFailed, bins.DataChanged) as e:
+    except RunFailed as e:
         problem, status = str(e), 4
+    except bins.DataChanged as e:
+        problem, status, alone = str(e), 4, True
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        problem, status = f"{e.filename or config.out_dir}: {e.strerror}", 4 if full else 2
+        problem, status, alone = f"{e.filename or config.out_dir}: {e.strerror}", 4 if full else 2, True
     except (RuntimeError, MemoryError) as e:
         if not distributed.is_out_of_memory(e):
             raise
         fewer = max(1, min(config.micro_batch_size, config.batch_size) // 2)
-        problem, status = f"out of memory; try --micro_batch_size={fewer}, or a smaller model", 2
+        problem, status, alone = f"out of memory; try --micro_batch_size={fewer}, or a smaller model", 2, True
     finally:
         distributed.leave()
-    if world is None or world.rank == 0:
+    if alone and world and world.size > 1:
+        problem = f"rank {world.rank}: {problem}"
+    if alone or world is None or world.rank == 0:
         print(problem, file=sys.stderr)
     return status
 

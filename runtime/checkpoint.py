@@ -9,6 +9,7 @@ tokenizer          data.vocab's state, so that the file alone turns text into id
 """
 
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def keep(folder: Path, step: int, n: int):
     if n > 1:
         kept = folder / f"ckpt_{step}.pt"
         kept.unlink(missing_ok=True)
-        os.link(folder / "ckpt.pt", kept)
+        try:
+            os.link(folder / "ckpt.pt", kept)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / "ckpt.pt", kept)
         for old in sorted(folder.glob("ckpt_*.pt"), key=_step)[:-n]:
             old.unlink()
 

@@ -77,7 +77,10 @@ def test_loading_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_newest_n_are_kept(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_the_newest_n_are_kept(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os.stat("/no/such/file"))
     for step in range(1, 6):
         checkpoint.save(tmp_path / "ckpt.pt", STATE | {"step": step})
         checkpoint.keep(tmp_path, step, 2)
