@@ -12,7 +12,7 @@ seq_len = 256
 
 batch_size = 16
 micro_batch_size = 8  # on 2 cores two passes of 8 are faster than one of 16: they stay in the cache
-max_steps = 3000
+max_steps = 4000
 learning_rate = 3e-3
 warmup_steps = 100
 schedule = "cosine"
