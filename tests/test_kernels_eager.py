@@ -179,6 +179,17 @@ def test_attention_with_dropout_is_loops_over_the_masked_probabilities(B, Tq, Tk
     )
 
 
+@pytest.mark.parametrize("Tq, Tk", [(64, 64), (65, 65), (128, 129), (150, 200), (257, 257)])
+def test_attention_in_blocks_of_queries_is_attention(Tq, Tk):
+    inputs = randn(2, Tq, 4, 6), randn(2, Tk, 2, 6, seed=1), randn(2, Tk, 2, 6, seed=2)
+    same_function(eager.causal_attention, sdpa, inputs)
+    q, k, v = inputs
+    seed = torch.tensor([3, 4])
+    probs = eager.attention_probs(q, k) * eager.dropout_mask(seed, (2, 4, Tq, Tk), 0.25)
+    whole = (probs @ v.repeat_interleave(2, 2).transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(eager.causal_attention(q, k, v, 0.25, seed), whole)
+
+
 def test_attention_probs_are_those_of_the_attention():
     q, k = randn(2, 5, 4, 6), randn(2, 9, 2, 6, seed=1)
     probs = eager.attention_probs(q, k)
@@ -193,14 +204,15 @@ def test_attention_of_huge_scores_is_finite():
     assert out.isfinite().all() and q.grad.isfinite().all()
 
 
-def test_attention_of_bf16_rounds_once():
+@pytest.mark.parametrize("T", [30, 150])
+def test_attention_of_bf16_rounds_once(T):
     def naive(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        future = torch.ones(30, 30, dtype=torch.bool).triu(1)
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
         return (scores.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
-    inputs = randn(2, 30, 4, 16, dtype=BF16), randn(2, 30, 2, 16, dtype=BF16, seed=1), randn(2, 30, 2, 16, dtype=BF16, seed=2)
+    inputs = randn(2, T, 4, 16, dtype=BF16), randn(2, T, 2, 16, dtype=BF16, seed=1), randn(2, T, 2, 16, dtype=BF16, seed=2)
     rounds_once(eager.causal_attention, inputs, naive)
     assert eager.attention_probs(*inputs[:2]).dtype == torch.float32
 
