@@ -49,16 +49,16 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         config="configs/tiny.py",
-        settings=dict(schedule="constant", max_steps=2500),
+        settings=dict(schedule="constant", max_steps=2000),
         batches=(8, 16, 32),
         rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
         layers=4,
-        grid=((4, 8, 16), (128, 256)),
-        grid_steps=1500,
+        grid=((16, 32, 64), (128, 256)),
+        grid_steps=1200,
         threshold=0.3,
         samples=100,
         keep_weights=True,
-        data="repeats --length={context} --rows={rows}",
+        data="repeats --length={context}",
     ),
     "gpu": Scale(
         config="configs/paper/gpu.py",
@@ -99,9 +99,7 @@ def variants(scale: Scale) -> dict[str, dict]:
         for context in scale.grid[1]:
             settings = {"batch_size": batch, "seq_len": context, "max_steps": scale.grid_steps}
             if scale.data and context != base.seq_len:
-                rows = 90000 * base.seq_len // context
-                arguments = scale.data.format(context=context, rows=rows)
-                settings |= {"data": f"{base.data}{context}", "prepare": arguments}
+                settings |= {"data": f"{base.data}{context}", "prepare": scale.data.format(context=context)}
             found[f"batch{batch}-context{context}"] = settings
     for settings in found.values():
         settings["micro_batch_size"] = min(settings.get("batch_size", base.batch_size), base.micro_batch_size)
@@ -229,14 +227,19 @@ def make(letters: list[str], runs: Runs, jobs: int) -> bool:
         if config.prepare and not (ROOT / config.data / "train.bin").exists():
             prepare.prepare([*config.prepare.split(), f"--out={ROOT / config.data}"])
 
+    def tokens(pair):
+        settings = runs.scale.settings | variants(runs.scale)[pair[0]]
+        return runs.steps(pair[0]) * settings.get("batch_size", base.batch_size) * settings.get("seq_len", base.seq_len)
+
     def one(pair):
         whole = runs.train(*pair)
         if whole:
             runs.measure(*pair)
         return whole
 
+    base, pairs = base_config(runs.scale), [(name, seed) for name in names for seed in range(runs.scale.seeds)]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        whole = list(pool.map(one, [(name, seed) for name in names for seed in range(runs.scale.seeds)]))
+        whole = list(pool.map(one, sorted(pairs, key=tokens, reverse=True)))  # the longest first: no core waits at the end
     if not all(whole):
         return False
     out = runs.out

@@ -25,16 +25,16 @@ def test_runs_that_would_be_the_same_are_run_once():
     tiny = reproduce.SCALES["tiny"]
     stands = {name: reproduce.standing_for(tiny, name) for name in reproduce.variants(tiny)}
     assert stands["batch16"] == stands["rate0.005"] == stands["batch16-context128"] == "base"
-    assert stands["batch8-context128"] == "batch8" and stands["batch4-context128"] == "batch4-context128"
+    assert stands["batch32-context128"] == "batch32" and stands["batch64-context128"] == "batch64-context128"
     assert all(stands[stand] == stand for stand in stands.values())
     named = reproduce.variants(tiny)
-    most = {name: named[name].get("max_steps", 2500) for name in named}
+    most = {name: named[name].get("max_steps", 2000) for name in named}
     assert all(most[stand] >= most[name] for name, stand in stands.items())
 
 
 def test_a_batch_sees_as_many_tokens_and_as_many_steps_as_base():
     named = reproduce.variants(reproduce.SCALES["tiny"])
-    assert (named["batch8"]["max_steps"], named["batch32"]["max_steps"]) == (5000, 2500)
+    assert (named["batch8"]["max_steps"], named["batch32"]["max_steps"]) == (4000, 2000)
 
 
 def test_a_figure_is_trained_measured_and_drawn_and_what_is_done_is_not_done_again(tmp_path, monkeypatch, dataset):
