@@ -38,7 +38,7 @@ class Scale:
     rates: tuple[float, ...]  # learning rates, of figures c and g
     layers: int  # of the model of figure d
     grid: tuple[tuple[int, ...], tuple[int, ...]]  # batch sizes and contexts, of figure f
-    grid_steps: int
+    grid_steps: int  # at its smallest batch
     threshold: float  # exact match, full alphabet, that counts as onset
     samples: int  # of the copy test, at each checkpoint
     keep_weights: bool = False  # after they are measured
@@ -97,7 +97,9 @@ def variants(scale: Scale) -> dict[str, dict]:
     found |= {"dropout0.1": {"attn_dropout": 26 / 256}, "decay0.01": {"weight_decay": 0.01}, "decay0.1": {"weight_decay": 0.1}}
     for batch in scale.grid[0]:
         for context in scale.grid[1]:
-            settings = {"batch_size": batch, "seq_len": context, "max_steps": scale.grid_steps}
+            # Half way between as many steps and as many tokens as the smallest batch: neither law gets more room.
+            steps = round(scale.grid_steps * (scale.grid[0][0] / batch) ** 0.5, -2)
+            settings = {"batch_size": batch, "seq_len": context, "max_steps": int(steps)}
             if scale.data and context != base.seq_len:
                 settings |= {"data": f"{base.data}{context}", "prepare": scale.data.format(context=context)}
             found[f"batch{batch}-context{context}"] = settings
