@@ -41,7 +41,7 @@ def keep_mask(seed, head, first_query, first_key, QUERIES: tl.constexpr, KEYS: t
 
 # fmt: off
 @triton.jit
-def forward_kernel(
+def attention_forward_kernel(
     q_ptr,  # (B, Tq, H, D), any strides but a contiguous last dim
     k_ptr,  # (B, Tk, Hkv, D), likewise
     v_ptr,  # (B, Tk, Hkv, D), likewise
@@ -103,7 +103,7 @@ def forward_kernel(
 
 
 @triton.jit
-def dq_kernel(
+def attention_dq_kernel(
     q_ptr,  # (B, Tq, H, D), any strides but a contiguous last dim
     k_ptr,  # (B, Tk, Hkv, D), likewise
     v_ptr,  # (B, Tk, Hkv, D), likewise
@@ -168,7 +168,7 @@ def dq_kernel(
 
 
 @triton.jit
-def dkdv_kernel(
+def attention_dkdv_kernel(
     q_ptr,  # (B, Tq, H, D), any strides but a contiguous last dim
     k_ptr,  # (B, Tk, Hkv, D), likewise
     v_ptr,  # (B, Tk, Hkv, D), likewise
@@ -294,7 +294,7 @@ def attention(
     check(q, k, v, dropout_p, seed)
     B, Tq, H, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
-    launch("forward", forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
+    launch("forward", attention_forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
     return out, lse
 
 
@@ -311,8 +311,8 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, do = rows(q), rows(k), rows(v), do.contiguous()
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    launch("dq", dq_kernel, q, k, v, (out, do, lse, seed, dq, delta), dropout_p)
-    launch("dkdv", dkdv_kernel, q, k, v, (do, lse, delta, seed, dk, dv), dropout_p)
+    launch("dq", attention_dq_kernel, q, k, v, (out, do, lse, seed, dq, delta), dropout_p)
+    launch("dkdv", attention_dkdv_kernel, q, k, v, (do, lse, delta, seed, dk, dv), dropout_p)
     return dq, dk, dv
 
 

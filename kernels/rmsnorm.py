@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def forward_kernel(
+def rms_norm_forward_kernel(
     x_ptr,  # (N, D)
     residual_ptr,  # (N, D), or None
     weight_ptr,  # (D,)
@@ -45,7 +45,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rms_norm_backward_kernel(
     h_ptr,  # (N, D): what was normed
     weight_ptr,  # (D,)
     dy_ptr,  # (N, D)
@@ -101,7 +101,7 @@ def run_forward(x, residual, weight, eps):
     x = x.contiguous()
     if residual is not None:
         residual, h = residual.contiguous(), x.new_empty(x.shape)
-    forward_kernel[(triton.cdiv(N, rows),)](
+    rms_norm_forward_kernel[(triton.cdiv(N, rows),)](
         x, residual, weight.contiguous(), h, y, N, eps, D, BLOCK_D=block, ROWS=rows, num_warps=4
     )
     return y, h
@@ -114,7 +114,7 @@ def run_backward(h, weight, dy, dh, eps):
     grid = min(programs(h.device), triton.cdiv(N, rows))
     dx, dw = h.new_empty(h.shape), h.new_empty((grid, D), dtype=torch.float32)
     h, dy, dh = h.contiguous(), dy.contiguous(), None if dh is None else dh.contiguous()
-    backward_kernel[(grid,)](h, weight.contiguous(), dy, dh, dx, dw, N, eps, D, BLOCK_D=block, ROWS=rows, num_warps=4)
+    rms_norm_backward_kernel[(grid,)](h, weight.contiguous(), dy, dh, dx, dw, N, eps, D, BLOCK_D=block, ROWS=rows, num_warps=4)
     return dx, dw.sum(0).to(weight.dtype)
 
 

@@ -27,7 +27,7 @@ def place(F: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(
+def swiglu_forward_kernel(
     gate_up_ptr,  # (N, 2F): gate, then up
     y_ptr,  # (N, F)
     F: tl.constexpr,
@@ -41,7 +41,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def swiglu_backward_kernel(
     gate_up_ptr,  # (N, 2F)
     dy_ptr,  # (N, F)
     dgate_up_ptr,  # (N, 2F)
@@ -70,14 +70,14 @@ def launch(kernel, gate_up, *tensors):
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of the two halves of the last dim. gate_up (..., 2F) -> (..., F)."""
     y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    launch(forward_kernel, gate_up, y)
+    launch(swiglu_forward_kernel, gate_up, y)
     return y
 
 
 @torch.library.custom_op("copyllama::swiglu_backward", mutates_args=())
 def swiglu_backward(gate_up: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     dgate_up = gate_up.new_empty(gate_up.shape)
-    launch(backward_kernel, gate_up, dy.contiguous(), dgate_up)
+    launch(swiglu_backward_kernel, gate_up, dy.contiguous(), dgate_up)
     return dgate_up
 
 

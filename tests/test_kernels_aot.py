@@ -40,13 +40,13 @@ def kernels(capability, head_dim=64):
     ce = dict(V=32000, BLOCK=cross_entropy.BLOCK, GRADIENT=True, IGNORED=-100)
     turn = dict(H=12, HKV=12, HALF=32, BLOCK_T=rotary.BLOCK_T, INVERSE=False)
     table = {
-        "rms_norm": (rmsnorm.forward_kernel, bf16("x y", **w), forward, rows),
-        "add_rms_norm": (rmsnorm.forward_kernel, bf16("x residual h y", **w), forward, rows),
-        "rms_norm backward": (rmsnorm.backward_kernel, bf16("h dy dx", dw="*fp32", **w), backward, rows),
-        "add_rms_norm backward": (rmsnorm.backward_kernel, bf16("h dy dh dx", dw="*fp32", **w), backward, rows),
+        "rms_norm": (rmsnorm.rms_norm_forward_kernel, bf16("x y", **w), forward, rows),
+        "add_rms_norm": (rmsnorm.rms_norm_forward_kernel, bf16("x residual h y", **w), forward, rows),
+        "rms_norm backward": (rmsnorm.rms_norm_backward_kernel, bf16("h dy dx", dw="*fp32", **w), backward, rows),
+        "add_rms_norm backward": (rmsnorm.rms_norm_backward_kernel, bf16("h dy dh dx", dw="*fp32", **w), backward, rows),
         "rotary": (rotary.rotary_kernel, bf16("q k q_out k_out", cos="*fp32", sin="*fp32"), turn, rows),
-        "swiglu": (swiglu.forward_kernel, bf16("gate_up y"), F, rows),
-        "swiglu backward": (swiglu.backward_kernel, bf16("gate_up dy dgate_up"), F, rows),
+        "swiglu": (swiglu.swiglu_forward_kernel, bf16("gate_up y"), F, rows),
+        "swiglu backward": (swiglu.swiglu_backward_kernel, bf16("gate_up dy dgate_up"), F, rows),
         "cross_entropy": (
             cross_entropy.cross_entropy_kernel,
             bf16("logits", targets="*i64", loss="*fp32"),
@@ -69,7 +69,7 @@ def kernels(capability, head_dim=64):
             )
             seed = dict(seed_ptr="*i64") if dropped else {}
             label = f"attention {name}" + (" dropout" if dropped else "")
-            table[label] = (getattr(attention, f"{name}_kernel"), types | seed, constants, options)
+            table[label] = (getattr(attention, f"attention_{name}_kernel"), types | seed, constants, options)
     return table
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.config import ModelConfig
 from tests.kernel_checks import DEVICE, outputs_start_as_nan  # noqa: F401
 
-from kernels import eager, fused, timing  # isort: skip  after the interpreter is set up
+from kernels import eager, fused  # isort: skip  after the interpreter is set up
 from model import Llama  # isort: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,10 +123,5 @@ except ImportError:
 
 def test_no_kernel_file_imports_another():
     for path in (ROOT / "kernels").glob("*.py"):
-        if path.name not in ("fused.py", "__init__.py", "timing.py"):
+        if path.name not in ("fused.py", "__init__.py"):
             assert "from kernels" not in path.read_text() and "import kernels" not in path.read_text()
-
-
-def test_the_tile_sweep_tries_what_the_kernels_use():
-    for op, _, where, key, choices in timing.tiles():
-        assert op in timing.OPS and where[key] in choices, (op, key)

@@ -292,6 +292,14 @@ def said(*command):
     return subprocess.check_output(command, cwd=ROOT, text=True).strip()
 
 
+def driver() -> dict:
+    """What stands between torch and the card."""
+    import triton
+
+    version = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
+    return dict(driver=version, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), triton=triton.__version__)
+
+
 def sweep_shapes(top):
     """Times every op against its contenders at the paper's shape, then with other T and D."""
     results = []
@@ -311,15 +319,11 @@ def main(what: str) -> int:
     if not torch.cuda.is_available():
         print(f"bench.py {what}: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
         return 2
-    import triton
-
     torch.manual_seed(0)
     top = ceilings()
     card = torch.cuda.get_device_name()
-    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
-    commit = said("git", "rev-parse", "HEAD")
-    record = dict(card=card, driver=driver, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    record |= dict(torch=torch.__version__, triton=triton.__version__, commit=commit, ceilings=top)
+    record = dict(card=card) | driver()
+    record |= dict(torch=torch.__version__, commit=said("git", "rev-parse", "HEAD"), ceilings=top)
     record["results"] = sweep_shapes(top) if what == "kernels" else sweep_tiles()
     path = ROOT / "results/bench" / f"{card.replace(' ', '-')}-{what}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,105 @@
+"""What a training step is compared with: models of the same shape, each a function of (config, device).
+
+A contender is a module called with (x, y), token ids and targets (B, T), that returns the mean loss; its parameters are fp32.
+On a GPU it runs under autocast in bf16. PlainLlama is what one writes first: separate projections, torch's own functions.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import rotary_table
+from runtime.config import Config, ConfigError
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim, self.eps = c.head_dim, c.norm_eps
+        kv = c.n_kv_heads * c.head_dim
+        self.q, self.o = (nn.Linear(c.dim, c.dim, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(c.dim, kv, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(c.dim, c.hidden_dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.norm1, self.norm2 = (nn.Parameter(torch.ones(c.dim)) for _ in range(2))
+
+    def forward(self, x, cos, sin):
+        h = F.rms_norm(x, x.shape[-1:], self.norm1, self.eps)
+        q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, Dh)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        h = F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class PlainLlama(nn.Module):
+    def __init__(self, c: Config, backend: SDPBackend | None = None):
+        super().__init__()
+        self.eps, self.backend = c.norm_eps, backend
+        cos, sin = rotary_table(c, "cpu")
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.blocks = nn.ModuleList(PlainBlock(c) for _ in range(c.n_layers))
+        self.norm = nn.Parameter(torch.ones(c.dim))
+        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+
+    def forward(self, tokens, targets):
+        x = self.embed(tokens)
+        with sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext():
+            for block in self.blocks:
+                x = block(x, self.cos, self.sin)
+        x = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+
+
+class HuggingFace(nn.Module):
+    """LlamaForCausalLM of transformers, with its own SDPA; Liger's kernels in it where asked. It shifts the targets itself."""
+
+    def __init__(self, c: Config, liger: bool):
+        super().__init__()
+        try:
+            from transformers import LlamaConfig, LlamaForCausalLM
+
+            if liger:
+                from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+                apply_liger_kernel_to_llama()
+        except ImportError as e:
+            raise ConfigError(f"{e.name} is not installed") from None
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+                num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.seq_len,
+                rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, use_cache=False, attn_implementation="sdpa",
+                bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            )
+        )  # fmt: skip
+
+    def forward(self, tokens, targets):
+        return self.model(input_ids=tokens, labels=tokens).loss
+
+
+def compiled(model):
+    model.compile()
+    return model
+
+
+CONTENDERS = {
+    "plain": lambda c: PlainLlama(c),
+    "compile": lambda c: compiled(PlainLlama(c)),
+    "compile flash": lambda c: compiled(PlainLlama(c, SDPBackend.FLASH_ATTENTION)),
+    "compile cudnn": lambda c: compiled(PlainLlama(c, SDPBackend.CUDNN_ATTENTION)),
+    "hf": lambda c: HuggingFace(c, liger=False),
+    "hf liger": lambda c: HuggingFace(c, liger=True),
+}
+ON = {"cuda": ("plain", "compile flash", "compile cudnn", "hf", "hf liger"), "cpu": ("plain", "compile", "hf")}

@@ -1,0 +1,74 @@
+"""`bench.py copy`: how soon a model copies, from a cold start.
+
+train.py runs in a process of its own until its copy test at the full alphabet has been at or above each of `LEVELS` at two
+evaluations in a row. The clock starts with the process, so imports, compilation and evaluations count; preparing the data does
+not. Seconds, steps and tokens are those of the second of the two evaluations; None where the run ended without.
+"""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from runtime import metrics
+from runtime.config import ROOT
+
+LEVELS = (0.5, 0.9)
+SCORE = "copy_exact_full"
+
+
+class RunFailed(RuntimeError):
+    """train.py ended with an error: its last line."""
+
+
+def reached(rows: list[dict], level: float) -> dict | None:
+    """The row of the second of two evaluations in a row at or above a level of exact match."""
+    tested = [row for row in rows if SCORE in row]
+    return next((b for a, b in zip(tested, tested[1:], strict=False) if min(a[SCORE], b[SCORE]) >= level), None)
+
+
+def time_to_copy(argv: list[str]) -> dict:
+    """{level: {seconds, step, tokens} or None, ...} of one run of train.py with these arguments. Raises RunFailed."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows, path = [], Path(folder) / "run/metrics.jsonl"
+        command = [sys.executable, str(ROOT / "train.py"), *argv, f"--out_dir={folder}/run"]
+        started = time.perf_counter()
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while reached(rows, max(LEVELS)) is None and child.poll() is None:
+            time.sleep(0.05)
+            rows += watch(path, rows, time.perf_counter() - started)
+        child.send_signal(signal.SIGTERM)
+        _, error = child.communicate()
+        if child.returncode not in (0, 3):
+            raise RunFailed(error.strip().splitlines()[-1])
+        rows += watch(path, rows, time.perf_counter() - started)
+    met = {level: reached(rows, level) for level in LEVELS}
+    return {str(level): row and {name: row[name] for name in ("seconds", "step", "tokens")} for level, row in met.items()}
+
+
+def watch(path: Path, seen: list[dict], seconds: float) -> list[dict]:
+    """The rows that have come since, each with the seconds at which it was first seen."""
+    rows = metrics.read(path) if path.exists() else []
+    return [row | {"seconds": seconds} for row in rows[len(seen) :]]
+
+
+def copy(argv: list[str], seeds: int) -> list[dict]:
+    """time_to_copy for each seed, one after the other."""
+    found = []
+    for seed in range(seeds):
+        found.append({"seed": seed} | time_to_copy([*argv, f"--seed={seed}"]))
+        print(f"seed {seed}: {said(found[-1])}", flush=True)
+    return found
+
+
+def said(row: dict) -> str:
+    return "; ".join(
+        f"{level} after {at['seconds']:.0f} s, {at['step']:,} steps, {at['tokens'] / 1e6:.2f} million tokens"
+        if (at := row[str(level)])
+        else f"{level} not reached"
+        for level in LEVELS
+    )

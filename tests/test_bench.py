@@ -1,0 +1,132 @@
+"""What bench.py compares, reads off a profile and off a run; its times are of the machine and are not tested."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import contenders, copying, ops, training
+from kernels import eager
+from model import Llama
+from runtime.config import ROOT, Config, load
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=65, seq_len=16, batch_size=4)
+
+
+@pytest.mark.parametrize("kv", [1, 2])
+def test_the_plain_model_is_the_same_function(kv):
+    c = Config(**(SHAPE | dict(n_kv_heads=kv)))
+    torch.manual_seed(0)
+    ours, plain = Llama(c.model(), eager, torch.float64).double(), contenders.PlainLlama(c).double()
+    plain.cos, plain.sin = ours.cos.double(), ours.sin.double()
+    copy_weights(ours, plain)
+    tokens = torch.randint(65, (2, 17))
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    torch.testing.assert_close(plain(x, y), ours(x, y), atol=1e-7, rtol=1e-7)
+
+
+@torch.no_grad()
+def copy_weights(ours, plain):
+    plain.embed.weight.copy_(ours.embed.weight)
+    plain.head.weight.copy_(ours.head.weight)
+    for a, b in zip(ours.blocks, plain.blocks, strict=True):
+        rows = [w.weight.shape[0] for w in (b.q, b.k, b.v)]
+        for w, part in zip((b.q, b.k, b.v), a.attention.wqkv.weight.split(rows), strict=True):
+            w.weight.copy_(part)
+        for w, part in zip((b.gate, b.up), a.mlp.gate_up.weight.chunk(2), strict=True):
+            w.weight.copy_(part)
+        b.o.weight.copy_(a.attention.wo.weight)
+        b.down.weight.copy_(a.mlp.down.weight)
+
+
+def test_hugging_face_has_the_same_shape():
+    pytest.importorskip("transformers", reason="transformers is not among the test dependencies")
+    c = Config(**SHAPE)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (Llama(c.model(), eager), contenders.CONTENDERS["hf"](c))]
+    assert sizes[0] == sizes[1]
+    assert isinstance(contenders.CONTENDERS["hf"](c)(torch.zeros(1, 8, dtype=torch.int64), None), torch.Tensor)
+
+
+def test_each_kernel_of_a_step_has_its_part():
+    pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to name")
+    from kernels import attention, cross_entropy, rmsnorm, rotary, swiglu
+
+    modules = {"attention": attention, "cross-entropy": cross_entropy, "memory-bound": (rmsnorm, rotary, swiglu)}
+    for part, owners in modules.items():
+        for module in owners if isinstance(owners, tuple) else (owners,):
+            names = [name for name in vars(module) if name.endswith("_kernel")]
+            assert names and {training.part_of(name) for name in names} == {part}, module
+    # As profilers on CUDA have named them.
+    for name, part in {
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment": "GEMMs",
+        "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_TNN": "GEMMs",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": "optimiser",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType::L2>>": "optimiser",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x64": "attention",
+        "triton_poi_fused__to_copy_add_mul_0": "memory-bound",
+        "Memcpy HtoD (Pinned -> Device)": "data",
+    }.items():
+        assert training.part_of(name) == part, name
+
+
+@pytest.mark.parametrize("who", [training.OURS, "plain"])
+def test_a_step_is_the_sum_of_its_parts(who, monkeypatch, capsys):
+    monkeypatch.setattr(training, "SECONDS", 0.01)
+    c = load([str(ROOT / "configs/tiny.py"), "--device=cpu", "--kernels=eager", *(f"--{k}={v}" for k, v in SHAPE.items())])
+    training.say_one(c, who)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["tokens_per_s"] == pytest.approx(c.batch_size * c.seq_len / row["ms"] * 1000) and row["peak_GB"] > 0.05
+    if who == training.OURS:
+        parts = row["parts_ms"]
+        assert parts.keys() == {*training.PARTS, training.MEMORY_BOUND, training.IDLE}
+        assert all(parts[name] > 0 for name in ("optimiser", "cross-entropy", "attention", "GEMMs", "memory-bound"))
+
+
+def test_what_fails_is_a_row_that_says_why(capsys):
+    training.say_one(Config(**SHAPE, device="cpu", kernels="fused", out_dir="x", dtype="bf16"), "hf liger")
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "is not installed" in row["failed"]
+    found = training.summary({"hf": [row], training.OURS: [{"tokens_per_s": 1.0}]})
+    assert found["hf"] == row
+
+
+def test_ratios_are_of_the_same_round():
+    rows = {who: [{"tokens_per_s": s} for s in speeds] for who, speeds in {"plain": (1, 2, 4), "ours": (2, 6, 4)}.items()}
+    found = training.summary(rows)
+    assert found["plain"] == {"tokens_per_s": 2, "ours_over": [2, 1, 3]} and found["ours"]["ours_over"] == [1, 1, 1]
+
+
+def test_a_level_is_reached_at_the_second_of_two_evaluations():
+    rows = [{"step": i, copying.SCORE: score} for i, score in enumerate((0.6, 0.4, 0.5, 0.55, 0.95, 0.91, 0.9))]
+    rows.insert(3, {"step": 99})  # a log row between two evaluations
+    assert copying.reached(rows, 0.5)["step"] == 3 and copying.reached(rows, 0.9)["step"] == 5
+    assert copying.reached(rows, 0.93) is None
+
+
+def test_a_run_is_timed_until_it_copies(dataset, monkeypatch):
+    argv = [str(ROOT / "configs/tiny.py"), f"--data={dataset}", "--device=cpu", "--kernels=eager", "--eval_interval=0"]
+    shape = SHAPE | dict(vocab_size=17, seq_len=96, micro_batch_size=4, max_steps=100000, copy_eval_interval=1)
+    monkeypatch.setattr(
+        copying, "LEVELS", (0.0, 2.0 / 3 - 2.0 / 3)
+    )  # any score will do: the run is stopped, not run to its end
+    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in shape.items())])
+    assert found["0.0"]["step"] == 2 and found["0.0"]["tokens"] == 2 * 4 * 96 and 0.5 < found["0.0"]["seconds"] < 120
+    monkeypatch.setattr(copying, "LEVELS", (1.1,))
+    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in (shape | dict(max_steps=2)).items())])
+    assert found == {"1.1": None}
+    with pytest.raises(copying.RunFailed, match="no such setting"):
+        copying.time_to_copy([*argv, "--lr=1"])
+
+
+def test_a_mistake_is_one_line():
+    for argv in (["train", "configs/tiny.py", "--lr=1"], ["copy", "nowhere.py"], ["speed"]):
+        done = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
+
+
+def test_the_tile_sweep_tries_what_the_kernels_use():
+    pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to tile")
+    for op, _, where, key, choices in ops.tiles():
+        assert op in ops.OPS and where[key] in choices, (op, key)
