@@ -58,7 +58,7 @@ def each_config(what: str, args, settings: list[str]) -> dict:
         argv, name = [config, *settings], Path(config).stem
         print(" ".join([name, *settings]), flush=True)
         if what == "copy":
-            result[name] = {"settings": settings, "seeds": copying.copy(argv, args.rounds or 3)}
+            result[name] = {"settings": settings, "seeds": copying.copy(argv, args.until, args.rounds or 3)}
         else:
             result[name] = {"settings": settings} | training.compare(argv, args.rounds or (2 if kind == "cuda" else 5))
             print(training.table(result[name]), flush=True)
@@ -70,6 +70,9 @@ def main() -> int:
     parser.add_argument("what", choices=("train", "copy", "kernels", "tiles", "data"))
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="of train and copy (default: by the device)")
     parser.add_argument("--rounds", type=int, help="of train and data; of copy the seeds (default: 5; on a GPU 2; of copy 3)")
+    parser.add_argument(
+        "--until", type=float, choices=copying.LEVELS, default=max(copying.LEVELS), help="of copy: the level (0.9)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args()

@@ -1,7 +1,7 @@
 """`bench.py copy`: how soon a model copies, from a cold start.
 
-train.py runs in a process of its own until its copy test at the full alphabet has been at or above each of `LEVELS` at two
-evaluations in a row. The clock starts with the process, so imports, compilation and evaluations count; preparing the data does
+train.py runs in a process of its own until its copy test at the full alphabet has been at or above a level at two evaluations
+in a row. The clock starts with the process, so imports, compilation and evaluations count; preparing the data does
 not. Seconds, steps and tokens are those of the second of the two evaluations; None where the run ended without.
 """
 
@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 from runtime import metrics
-from runtime.config import ROOT
+from runtime.config import ROOT, ConfigError
 
 LEVELS = (0.5, 0.9)
 SCORE = "copy_exact_full"
 
 
 class RunFailed(RuntimeError):
-    """train.py ended with an error: its last line."""
+    """train.py failed on the way: its last line."""
 
 
 def reached(rows: list[dict], level: float) -> dict | None:
@@ -29,8 +29,11 @@ def reached(rows: list[dict], level: float) -> dict | None:
     return next((b for a, b in zip(tested, tested[1:], strict=False) if min(a[SCORE], b[SCORE]) >= level), None)
 
 
-def time_to_copy(argv: list[str]) -> dict:
-    """{level: {seconds, step, tokens} or None, ...} of one run of train.py with these arguments. Raises RunFailed."""
+def time_to_copy(argv: list[str], until: float) -> dict:
+    """{level: {seconds, step, tokens} or None, ...} of one run of train.py with these arguments, ended at the level `until`.
+
+    Raises ConfigError where train.py refuses them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         rows, path = [], Path(folder) / "run/metrics.jsonl"
         command = [sys.executable, str(ROOT / "train.py"), *argv, f"--out_dir={folder}/run"]
@@ -38,15 +41,15 @@ def time_to_copy(argv: list[str]) -> dict:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        while reached(rows, max(LEVELS)) is None and child.poll() is None:
+        while reached(rows, until) is None and child.poll() is None:
             time.sleep(0.05)
             rows += watch(path, rows, time.perf_counter() - started)
         child.send_signal(signal.SIGTERM)
         _, error = child.communicate()
         if child.returncode not in (0, 3):
-            raise RunFailed(error.strip().splitlines()[-1])
+            raise (ConfigError if child.returncode == 2 else RunFailed)(error.strip().splitlines()[-1])
         rows += watch(path, rows, time.perf_counter() - started)
-    met = {level: reached(rows, level) for level in LEVELS}
+    met = {level: reached(rows, level) for level in LEVELS if level <= until}
     return {str(level): row and {name: row[name] for name in ("seconds", "step", "tokens")} for level, row in met.items()}
 
 
@@ -56,11 +59,11 @@ def watch(path: Path, seen: list[dict], seconds: float) -> list[dict]:
     return [row | {"seconds": seconds} for row in rows[len(seen) :]]
 
 
-def copy(argv: list[str], seeds: int) -> list[dict]:
+def copy(argv: list[str], until: float, seeds: int) -> list[dict]:
     """time_to_copy for each seed, one after the other."""
     found = []
     for seed in range(seeds):
-        found.append({"seed": seed} | time_to_copy([*argv, f"--seed={seed}"]))
+        found.append({"seed": seed} | time_to_copy([*argv, f"--seed={seed}"], until))
         print(f"seed {seed}: {said(found[-1])}", flush=True)
     return found
 
@@ -68,7 +71,8 @@ def copy(argv: list[str], seeds: int) -> list[dict]:
 def said(row: dict) -> str:
     return "; ".join(
         f"{level} after {at['seconds']:.0f} s, {at['step']:,} steps, {at['tokens'] / 1e6:.2f} million tokens"
-        if (at := row[str(level)])
+        if at
         else f"{level} not reached"
-        for level in LEVELS
+        for level, at in row.items()
+        if level != "seed"
     )

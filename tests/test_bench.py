@@ -10,7 +10,7 @@ import torch
 from benchmarks import contenders, copying, ops, training
 from kernels import eager
 from model import Llama
-from runtime.config import ROOT, Config, load
+from runtime.config import ROOT, Config, ConfigError, load
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=65, seq_len=16, batch_size=4)
 
@@ -108,16 +108,14 @@ def test_a_level_is_reached_at_the_second_of_two_evaluations():
 def test_a_run_is_timed_until_it_copies(dataset, monkeypatch):
     argv = [str(ROOT / "configs/tiny.py"), f"--data={dataset}", "--device=cpu", "--kernels=eager", "--eval_interval=0"]
     shape = SHAPE | dict(vocab_size=17, seq_len=96, micro_batch_size=4, max_steps=100000, copy_eval_interval=1)
-    monkeypatch.setattr(
-        copying, "LEVELS", (0.0, 2.0 / 3 - 2.0 / 3)
-    )  # any score will do: the run is stopped, not run to its end
-    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in shape.items())])
-    assert found["0.0"]["step"] == 2 and found["0.0"]["tokens"] == 2 * 4 * 96 and 0.5 < found["0.0"]["seconds"] < 120
-    monkeypatch.setattr(copying, "LEVELS", (1.1,))
-    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in (shape | dict(max_steps=2)).items())])
-    assert found == {"1.1": None}
-    with pytest.raises(copying.RunFailed, match="no such setting"):
-        copying.time_to_copy([*argv, "--lr=1"])
+    monkeypatch.setattr(copying, "LEVELS", (0.0, 1.1))  # one that any score reaches, and one that none does
+    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in shape.items())], until=0.0)
+    assert found.keys() == {"0.0"} and found["0.0"]["step"] == 2  # stopped, not run to its end
+    assert found["0.0"]["tokens"] == 2 * 4 * 96 and 0.5 < found["0.0"]["seconds"] < 120
+    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in (shape | dict(max_steps=2)).items())], until=1.1)
+    assert found["1.1"] is None and found["0.0"]["step"] == 2
+    with pytest.raises(ConfigError, match="no such setting"):
+        copying.time_to_copy([*argv, "--lr=1"], until=0.0)
 
 
 def test_a_mistake_is_one_line():
