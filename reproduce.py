@@ -38,7 +38,7 @@ class Scale:
     rates: tuple[float, ...]  # learning rates, of figures c and g
     layers: int  # of the model of figure d
     grid: tuple[tuple[int, ...], tuple[int, ...]]  # batch sizes and contexts, of figure f
-    grid_steps: int  # at its smallest batch
+    grid_steps: tuple[int, ...]  # at each of its batches
     threshold: float  # exact match, full alphabet, that counts as onset
     samples: int  # of the copy test, at each checkpoint
     keep_weights: bool = False  # after they are measured
@@ -54,7 +54,7 @@ SCALES = {
         rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
         layers=4,
         grid=((16, 32, 64), (128, 256)),
-        grid_steps=1200,
+        grid_steps=(1200, 1200, 600),
         threshold=0.3,
         samples=100,
         keep_weights=True,
@@ -67,7 +67,7 @@ SCALES = {
         rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
         layers=12,
         grid=((16, 32, 64), (256, 512, 1024)),
-        grid_steps=8000,
+        grid_steps=(8000, 8000, 8000),
         threshold=0.5,
         samples=100,
     ),
@@ -78,7 +78,7 @@ SCALES = {
         rates=(1e-4, 2e-4, 4e-4),
         layers=12,
         grid=((256, 512, 1024), (512, 1024, 2048)),
-        grid_steps=76294,
+        grid_steps=(76294, 76294, 76294),
         threshold=0.2,
         samples=500,
     ),
@@ -95,11 +95,9 @@ def variants(scale: Scale) -> dict[str, dict]:
     found |= {f"rate{rate:g}": {"learning_rate": rate} for rate in scale.rates}
     found[f"layers{scale.layers}"] = {"n_layers": scale.layers}
     found |= {"dropout0.1": {"attn_dropout": 26 / 256}, "decay0.01": {"weight_decay": 0.01}, "decay0.1": {"weight_decay": 0.1}}
-    for batch in scale.grid[0]:
+    for batch, steps in zip(scale.grid[0], scale.grid_steps, strict=True):
         for context in scale.grid[1]:
-            # Half way between as many steps and as many tokens as the smallest batch: neither law gets more room.
-            steps = round(scale.grid_steps * (scale.grid[0][0] / batch) ** 0.5, -2)
-            settings = {"batch_size": batch, "seq_len": context, "max_steps": int(steps)}
+            settings = {"batch_size": batch, "seq_len": context, "max_steps": steps}
             if scale.data and context != base.seq_len:
                 settings |= {"data": f"{base.data}{context}", "prepare": scale.data.format(context=context)}
             found[f"batch{batch}-context{context}"] = settings
