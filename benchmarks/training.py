@@ -127,6 +127,8 @@ def one(c: Config, who: str) -> dict:
             times[micro] = steps.seconds(micro)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+    if not times:
+        raise ConfigError("no micro-batch fits the device's memory")
     micro = min(times, key=times.get)
     speed = c.batch_size * c.seq_len / times[micro]
     row = {"tokens_per_s": speed, "ms": 1000 * times[micro], "micro_batch_size": micro}
