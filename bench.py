@@ -12,15 +12,13 @@ setting. Modules in benchmarks/ say what is measured and how.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from benchmarks import copying, ops, preparing, training
+from benchmarks.machine import machine
 from data.bins import DataError
+from runtime import distributed
 from runtime.config import ROOT, ConfigError, Parser, load
 
 CONFIGS = {
@@ -31,25 +29,11 @@ CONFIGS = {
 }
 
 
-def machine() -> dict:
-    """What the figures were taken on."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    about = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-    if torch.cuda.is_available():
-        return {"card": torch.cuda.get_device_name()} | ops.driver() | about
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return {"cpu": name, "threads": torch.get_num_threads()} | about
-
-
 def each_config(what: str, args, settings: list[str]) -> dict:
     """{config name: result} of `train` or `copy`, said as it comes."""
-    kind = "cuda" if torch.cuda.is_available() and "--device=cpu" not in settings else "cpu"
-    if what == "train" and kind == "cuda":
-        settings = ["--batch_size=64", *settings]
+    kind = "cuda" if distributed.pick_device(load(settings).device).type == "cuda" else "cpu"
+    batch = ["--batch_size=64"] if what == "train" and kind == "cuda" else []
+    settings = [*batch, *settings, f"--device={kind}"]
     configs = args.configs or [str(ROOT / name) for name in CONFIGS[what, kind]]
     for config in configs:
         load([config, *settings])  # a mistake shows before anything is timed
@@ -76,6 +60,8 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the result there too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args()
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds={args.rounds}: must be at least 1")
     try:
         if args.what in ("kernels", "tiles"):
             return ops.main(args.what)

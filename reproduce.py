@@ -222,14 +222,16 @@ class Runs:
 def make(letters: list[str], runs: Runs, jobs: int) -> bool:
     """Trains and measures what the figures need, then draws them; False where the minutes ended before the runs."""
     names = dict.fromkeys(standing_for(runs.scale, name) for letter in letters for name in FIGURES[letter](runs.scale))
-    for settings in (variants(runs.scale)[name] for name in names):
-        config = load([str(ROOT / runs.scale.config), *(f"--{k}={v}" for k, v in (runs.scale.settings | settings).items())])
+    configs = {}
+    for name in names:
+        settings = runs.scale.settings | variants(runs.scale)[name]
+        configs[name] = config = load([str(ROOT / runs.scale.config), *(f"--{k}={v}" for k, v in settings.items())])
         if config.prepare and not (ROOT / config.data / "train.bin").exists():
             prepare.prepare([*config.prepare.split(), f"--out={ROOT / config.data}"])
 
     def tokens(pair):
-        settings = runs.scale.settings | variants(runs.scale)[pair[0]]
-        return runs.steps(pair[0]) * settings.get("batch_size", base.batch_size) * settings.get("seq_len", base.seq_len)
+        c = configs[pair[0]]
+        return c.max_steps * c.batch_size * c.seq_len
 
     def one(pair):
         whole = runs.train(*pair)
@@ -237,7 +239,7 @@ def make(letters: list[str], runs: Runs, jobs: int) -> bool:
             runs.measure(*pair)
         return whole
 
-    base, pairs = base_config(runs.scale), [(name, seed) for name in names for seed in range(runs.scale.seeds)]
+    pairs = [(name, seed) for name in names for seed in range(runs.scale.seeds)]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         whole = list(pool.map(one, sorted(pairs, key=tokens, reverse=True)))  # the longest first: no core waits at the end
     if not all(whole):

@@ -1,4 +1,4 @@
-"""What a training step is compared with: models of the same shape, each a function of (config, device).
+"""What a training step is compared with: models of the same shape, each a function of the config.
 
 A contender is a module called with (x, y), token ids and targets (B, T), that returns the mean loss; its parameters are fp32.
 On a GPU it runs under autocast in bf16. PlainLlama is what one writes first: separate projections, torch's own functions.
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import rotary_table
+from runtime import huggingface
 from runtime.config import Config, ConfigError
 
 
@@ -76,14 +77,9 @@ class HuggingFace(nn.Module):
                 apply_liger_kernel_to_llama()
         except ImportError as e:
             raise ConfigError(f"{e.name} is not installed") from None
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=c.dim, intermediate_size=c.hidden_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-                num_key_value_heads=c.n_kv_heads, vocab_size=c.vocab_size, max_position_embeddings=c.seq_len,
-                rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, use_cache=False, attn_implementation="sdpa",
-                bos_token_id=None, eos_token_id=None, pad_token_id=None,
-            )
-        )  # fmt: skip
+        shape = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items()}
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        self.model = LlamaForCausalLM(LlamaConfig(**shape, **ids, use_cache=False, attn_implementation="sdpa"))
 
     def forward(self, tokens, targets):
         return self.model(input_ids=tokens, labels=tokens).loss
@@ -95,7 +91,7 @@ def compiled(model):
 
 
 CONTENDERS = {
-    "plain": lambda c: PlainLlama(c),
+    "plain": PlainLlama,
     "compile": lambda c: compiled(PlainLlama(c)),
     "compile flash": lambda c: compiled(PlainLlama(c, SDPBackend.FLASH_ATTENTION)),
     "compile cudnn": lambda c: compiled(PlainLlama(c, SDPBackend.CUDNN_ATTENTION)),

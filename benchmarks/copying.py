@@ -38,16 +38,15 @@ def time_to_copy(argv: list[str], until: float) -> dict:
         rows, path = [], Path(folder) / "run/metrics.jsonl"
         command = [sys.executable, str(ROOT / "train.py"), *argv, f"--out_dir={folder}/run"]
         started = time.perf_counter()
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        with open(f"{folder}/log.txt", "w") as log:  # a file: a pipe that nobody reads would stop it once full
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
         while reached(rows, until) is None and child.poll() is None:
-            time.sleep(0.05)
+            time.sleep(0.2)
             rows += watch(path, rows, time.perf_counter() - started)
         child.send_signal(signal.SIGTERM)
-        _, error = child.communicate()
-        if child.returncode not in (0, 3):
-            raise (ConfigError if child.returncode == 2 else RunFailed)(error.strip().splitlines()[-1])
+        if child.wait() not in (0, 3):
+            said = Path(f"{folder}/log.txt").read_text().strip().splitlines()
+            raise (ConfigError if child.returncode == 2 else RunFailed)(said[-1])
         rows += watch(path, rows, time.perf_counter() - started)
     met = {level: reached(rows, level) for level in LEVELS if level <= until}
     return {str(level): row and {name: row[name] for name in ("seconds", "step", "tokens")} for level, row in met.items()}

@@ -8,15 +8,15 @@ Shares are of what a large copy and a large matmul reach on the same card in the
 """
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.machine import machine
+from runtime.config import ROOT
+
 SHAPE = dict(B=64, T=1024, D=768, H=12, F=3072, V=32000)
 SWEEP = [dict(T=T, B=65536 // T) for T in (256, 512, 2048, 4096)] + [dict(D=64 * H, H=H, F=256 * H) for H in (8, 16, 32)]
 EPS = 1e-6
@@ -288,18 +288,6 @@ def sweep_tiles():
     return rows
 
 
-def said(*command):
-    return subprocess.check_output(command, cwd=ROOT, text=True).strip()
-
-
-def driver() -> dict:
-    """What stands between torch and the card."""
-    import triton
-
-    version = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
-    return dict(driver=version, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), triton=triton.__version__)
-
-
 def sweep_shapes(top):
     """Times every op against its contenders at the paper's shape, then with other T and D."""
     results = []
@@ -320,12 +308,9 @@ def main(what: str) -> int:
         print(f"bench.py {what}: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    top = ceilings()
-    card = torch.cuda.get_device_name()
-    record = dict(card=card) | driver()
-    record |= dict(torch=torch.__version__, commit=said("git", "rev-parse", "HEAD"), ceilings=top)
-    record["results"] = sweep_shapes(top) if what == "kernels" else sweep_tiles()
-    path = ROOT / "results/bench" / f"{card.replace(' ', '-')}-{what}.json"
+    record = machine() | dict(ceilings=ceilings())
+    record["results"] = sweep_shapes(record["ceilings"]) if what == "kernels" else sweep_tiles()
+    path = ROOT / "results/bench" / f"{record['card'].replace(' ', '-')}-{what}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{path}")

@@ -49,7 +49,7 @@ class Steps:
     """A model, its optimizer, and whole updates of both; `who` is ours or a contender."""
 
     def __init__(self, c: Config, who: str, world: distributed.World):
-        self.config, self.world, cuda = c, world, world.device.type == "cuda"
+        self.config, self.world, self.cuda = c, world, world.device.type == "cuda"
         torch.manual_seed(0)
         if who == OURS:
             dtype = distributed.pick_dtype(c.dtype, world.device)
@@ -59,8 +59,8 @@ class Steps:
             self.autocast = torch.autocast(world.device.type, enabled=False)
         else:
             model = CONTENDERS[who](c).to(world.device)
-            self.optimizer = torch.optim.AdamW(model.parameters(), fused=cuda)
-            self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=cuda)
+            self.optimizer = torch.optim.AdamW(model.parameters(), fused=self.cuda)
+            self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.cuda)
         self.model = model
         self.ranks = DistributedDataParallel(model) if world.size > 1 else model
         self.batch = c.batch_size // world.size
@@ -82,7 +82,7 @@ class Steps:
         for _ in range(3):
             self.update(micro)
         times, started = [], time.perf_counter()
-        at_once = 5 if self.world.device.type == "cuda" else 1  # as in training, the host runs ahead of a GPU
+        at_once = 5 if self.cuda else 1  # as in training, the host runs ahead of a GPU
         while time.perf_counter() - started < SECONDS or len(times) < 5:
             self.wait()
             before = time.perf_counter()
@@ -93,12 +93,11 @@ class Steps:
         return statistics.median(times)
 
     def wait(self):
-        if self.world.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
 
     def parts(self, micro: int, updates: int = 5) -> dict[str, float]:
         """ms of an update in each part, and in which the device (on a CPU: torch) had nothing to do."""
-        cuda = self.world.device.type == "cuda"
         self.wait()
         with profile() as p:
             before = time.perf_counter()
@@ -108,21 +107,19 @@ class Steps:
             wall = time.perf_counter() - before
         found = dict.fromkeys([*PARTS, MEMORY_BOUND], 0.0)
         for event in p.key_averages():
-            if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:
-                took = event.self_device_time_total if cuda else event.self_cpu_time_total
+            if not self.cuda or event.device_type == torch.autograd.DeviceType.CUDA:
+                took = event.self_device_time_total if self.cuda else event.self_cpu_time_total
                 found[part_of(event.key)] += took / 1000 / updates
         return found | {IDLE: max(0.0, 1000 * wall / updates - sum(found.values()))}
 
 
 def one(c: Config, who: str) -> dict:
     """What is measured in one process: tokens a second, the micro-batch, peak memory, and of ours the parts."""
-    if who == OURS:
-        world = distributed.start(c)
-    else:  # without what the trainer sets up for a process
-        world = distributed.World(0, 1, torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu"))
-    cuda, times = world.device.type == "cuda", {}
-    steps = Steps(c, who, world)
-    for micro in [m for m in (64, 32, 16, 8, 4) if m <= c.batch_size] if cuda else [own_micro(c, steps.batch, who)]:
+    # The others go without what the trainer sets up for a process.
+    world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
+    steps, times = Steps(c, who, world), {}
+    micros = [min(c.micro_batch_size, steps.batch) if who == OURS else steps.batch]
+    for micro in [m for m in (64, 32, 16, 8, 4) if m <= c.batch_size] if steps.cuda else micros:
         try:
             times[micro] = steps.seconds(micro)
         except torch.OutOfMemoryError:
@@ -132,7 +129,7 @@ def one(c: Config, who: str) -> dict:
     micro = min(times, key=times.get)
     speed = c.batch_size * c.seq_len / times[micro]
     row = {"tokens_per_s": speed, "ms": 1000 * times[micro], "micro_batch_size": micro}
-    if cuda:
+    if steps.cuda:
         torch.cuda.reset_peak_memory_stats()
         steps.update(micro)
         row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -144,10 +141,6 @@ def one(c: Config, who: str) -> dict:
         row["parts_ms"] = steps.parts(micro)
     distributed.leave()
     return row if world.rank == 0 else {}
-
-
-def own_micro(c: Config, batch: int, who: str) -> int:
-    return min(c.micro_batch_size, batch) if who == OURS else batch
 
 
 def say_one(c: Config, who: str):
@@ -172,10 +165,9 @@ def in_a_process(argv: list[str], who: str) -> dict:
 
 
 def compare(argv: list[str], rounds: int) -> dict:
-    """The rounds of one config: {who: its row, medians over the rounds, with the ratio of ours to it in each}."""
+    """What was found in the rounds of one config, whose device is cuda or cpu; `of`: see summary."""
     c = load(argv)
-    kind = distributed.pick_device(c.device).type
-    names = [*ON[kind], OURS, *([RANKS] if kind == "cpu" and torch.get_num_threads() > 1 else [])]
+    names = [*ON[c.device], OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]
     found = {who: [] for who in names}
     for i in range(rounds):
         for who in names:
@@ -188,7 +180,9 @@ def compare(argv: list[str], rounds: int) -> dict:
 
 
 def summary(found: dict[str, list[dict]]) -> dict:
-    """{who: [row of a round, ...]} -> {who: the row of the median round; ours_over: the ratios to ours, of the same round}."""
+    """{who: [row of a round, ...]} -> {who: the row of the median round, with ours_over: the median, least and most of the
+    ratios of ours to it in the same round}.
+    """
     result = {}
     for who, rows in found.items():
         if any("failed" in row for row in rows):
@@ -196,7 +190,7 @@ def summary(found: dict[str, list[dict]]) -> dict:
             continue
         middle = sorted(rows, key=lambda row: row["tokens_per_s"])[len(rows) // 2]
         result[who] = middle
-        if not any("failed" in row for row in found[OURS]):
+        if who != OURS and not any("failed" in row for row in found[OURS]):
             ratios = [ours["tokens_per_s"] / row["tokens_per_s"] for ours, row in zip(found[OURS], rows, strict=True)]
             result[who] |= {"ours_over": [statistics.median(ratios), min(ratios), max(ratios)]}
     return result

@@ -95,7 +95,7 @@ def test_what_fails_is_a_row_that_says_why(capsys):
 def test_ratios_are_of_the_same_round():
     rows = {who: [{"tokens_per_s": s} for s in speeds] for who, speeds in {"plain": (1, 2, 4), "ours": (2, 6, 4)}.items()}
     found = training.summary(rows)
-    assert found["plain"] == {"tokens_per_s": 2, "ours_over": [2, 1, 3]} and found["ours"]["ours_over"] == [1, 1, 1]
+    assert found["plain"] == {"tokens_per_s": 2, "ours_over": [2, 1, 3]} and "ours_over" not in found["ours"]
 
 
 def test_a_level_is_reached_at_the_second_of_two_evaluations():

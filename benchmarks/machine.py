@@ -1,0 +1,30 @@
+"""What figures are taken on: kept beside them."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from runtime.config import ROOT
+
+
+def machine() -> dict:
+    """The card and its driver, or the processor; and the versions and the commit at hand."""
+    about = {"python": platform.python_version(), "torch": torch.__version__, "commit": said("git", "rev-parse", "HEAD")}
+    if torch.cuda.is_available():
+        import triton
+
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
+        cudnn = torch.backends.cudnn.version()
+        stack = {"driver": driver, "cuda": torch.version.cuda, "cudnn": cudnn, "triton": triton.__version__}
+        return {"card": torch.cuda.get_device_name()} | stack | about
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {"cpu": (names or [platform.processor() or platform.machine()])[0], "threads": torch.get_num_threads()} | about
+
+
+def said(*command) -> str:
+    """What a command printed; empty where it failed."""
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
