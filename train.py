@@ -290,17 +290,18 @@ def make_optimizer(model: Llama, config: Config) -> torch.optim.AdamW:
 
 
 def compile_blocks(model: Llama, config: Config, world):
-    """torch.compile, block by block: on CUDA, or where the config says so."""
-    if config.compile == "off" or (config.compile == "auto" and world.device.type != "cuda"):
+    """torch.compile, block by block, on CUDA and CPUs; where it does not work, `auto` goes on without."""
+    if config.compile == "off" or (config.compile == "auto" and world.device.type not in ("cuda", "cpu")):
         return
-    world.say("compiling block by block: the first step can take a minute")
+    world.say("compiling block by block: the first step can take a minute (--compile=off does without)")
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=world.device))
     except Exception as e:  # what is missing (a compiler, Python's headers) shows as many kinds of error
-        reason = str(e).strip().split("\n")[0]
-        raise ConfigError(
-            f"compile={config.compile}: torch.compile does not work on this machine; pass --compile=off ({reason})"
-        ) from None
+        reason = f"torch.compile does not work on this machine ({str(e).strip().splitlines()[0]})"
+        if config.compile == "on":
+            raise ConfigError(f"compile=on: {reason}; pass --compile=off") from None
+        world.say(f"warning: {reason}; going on without, slower")
+        return
     for block in model.blocks:
         block.compile(fullgraph=True)
 

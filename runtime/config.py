@@ -122,7 +122,7 @@ class Config(ModelConfig):
 
     device: str = setting("auto", "auto, cuda, mps or cpu")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "of activations; auto: bf16 on CUDA, else fp32")
-    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA")
+    compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "eager"] = setting("auto", "Triton or plain torch; auto: fused on CUDA, else eager")
 
     def __post_init__(self):

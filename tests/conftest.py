@@ -75,5 +75,5 @@ def settings(dataset, tmp_path):
     return dict(
         data=str(dataset), out_dir=str(tmp_path / "run"), dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=17,
         seq_len=31, batch_size=8, micro_batch_size=8, max_steps=6, learning_rate=1e-2, warmup_steps=2, eval_interval=3,
-        eval_batches=2, copy_eval_interval=0, log_interval=1, ckpt_interval=3, device="cpu",
+        eval_batches=2, copy_eval_interval=0, log_interval=1, ckpt_interval=3, device="cpu", compile="off",
     )  # fmt: skip

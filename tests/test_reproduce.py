@@ -39,7 +39,9 @@ def test_a_batch_sees_as_many_tokens_and_as_many_steps_as_base():
 
 def test_a_figure_is_trained_measured_and_drawn_and_what_is_done_is_not_done_again(tmp_path, monkeypatch, dataset):
     shape = dict(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=17, seq_len=96, batch_size=4, micro_batch_size=4)
-    settings = shape | dict(data=str(dataset), prepare="", max_steps=7, eval_interval=2, ckpt_interval=2, schedule="constant")
+    settings = shape | dict(
+        compile="off", data=str(dataset), prepare="", max_steps=7, eval_interval=2, ckpt_interval=2, schedule="constant"
+    )
     scale = reproduce.Scale(
         "configs/tiny.py", settings, (2, 4), (1e-3, 2e-3, 5e-3), 2, ((2, 4), (96, 128)), (4, 4), 0.3, 4, seeds=1
     )

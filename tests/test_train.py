@@ -224,11 +224,16 @@ def test_compiled_blocks_give_the_same_losses(settings, tmp_path, monkeypatch):
     assert weights(settings).keys() == weights(settings, out_dir=str(tmp_path / "compiled")).keys()
 
 
-def test_without_a_working_compiler_compile_on_is_refused_in_one_line(settings, tmp_path):
+@pytest.mark.parametrize("compile", ["auto", "on"])
+def test_without_a_working_compiler_auto_goes_on_and_on_is_refused_in_one_line(settings, tmp_path, compile):
     env = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = cli(*flags(settings, compile="on"), env=env)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "compile=on" in done.stderr and "--compile=off" in done.stderr and "/no/such/compiler" in done.stderr
+    done = cli(*flags(settings, compile=compile), env=env)
+    said = done.stderr if compile == "on" else next(line for line in done.stdout.splitlines() if "warning" in line)
+    assert "torch.compile does not work" in said and "/no/such/compiler" in said
+    if compile == "on":
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--compile=off" in done.stderr
+    else:
+        assert done.returncode == 0 and checkpoint.load(settings["out_dir"])["step"] == settings["max_steps"]
 
 
 def test_bf16_activations_train_fp32_weights(settings):
