@@ -44,7 +44,7 @@ def each_config(what: str, args, settings: list[str]) -> dict:
         if what == "copy":
             result[name] = {"settings": settings, "seeds": copying.copy(argv, args.until, args.rounds or 3)}
         else:
-            result[name] = {"settings": settings} | training.compare(argv, args.rounds or (2 if kind == "cuda" else 5))
+            result[name] = {"settings": settings} | training.compare(argv, args.rounds or 10)
             print(training.table(result[name]), flush=True)
     return result
 
@@ -53,7 +53,7 @@ def main() -> int:
     parser = Parser(prog="python bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("train", "copy", "kernels", "tiles", "data"))
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="of train and copy (default: by the device)")
-    parser.add_argument("--rounds", type=int, help="of train and data; of copy the seeds (default: 5; on a GPU 2; of copy 3)")
+    parser.add_argument("--rounds", type=int, help="of train and data; of copy the seeds (default: 10, of data 5, of copy 3)")
     parser.add_argument(
         "--until", type=float, choices=copying.LEVELS, default=max(copying.LEVELS), help="of copy: the level (0.9)"
     )
@@ -66,7 +66,7 @@ def main() -> int:
         if args.what in ("kernels", "tiles"):
             return ops.main(args.what)
         if args.one:
-            training.say_one(load([*args.configs, *settings]), args.one)
+            training.take_turns(load([*args.configs, *settings]), args.one)
             return 0
         if args.what == "data":
             result = preparing.prepare_rates(args.rounds or 5)

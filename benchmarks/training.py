@@ -1,16 +1,18 @@
 """`bench.py train`: whole training steps, ours against those of other models of the same shape, on random tokens.
 
-In each round each is timed in a process of its own, one after the other, so that what slows the machine down slows all. A
-step is an update of batch_size sequences: data to the device, forward, backward, clipping, AdamW. On a GPU each takes its
-fastest micro-batch that fits; on a CPU ours has its config's, the others take the batch whole, and ours is run a second time as
-one rank a core. What counts is the median step of `SECONDS` at least.
+Each has a process of its own, which waits while another has its turn: in each round all have one, so that what slows the
+machine down slows all. A step is an update of batch_size sequences: data to the device, forward, backward, clipping, AdamW. On
+a GPU each takes its fastest micro-batch that fits; on a CPU ours has its config's, the others take the batch whole, and ours
+runs a second time as one rank a core. A turn is `SECONDS` at least; what counts of it is the median step.
 """
 
+import contextlib
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -26,7 +28,7 @@ from model import Llama
 from runtime import distributed, metrics
 from runtime.config import ROOT, Config, ConfigError, load
 
-SECONDS = 6
+SECONDS = 2
 OURS, RANKS = "ours", "ours, a rank a core"
 
 # The parts of a step, by what is in the names of its kernels, or on a CPU of torch's ops: the first that fits. All else is
@@ -49,7 +51,7 @@ class Steps:
     """A model, its optimizer, and whole updates of both; `who` is ours or a contender."""
 
     def __init__(self, c: Config, who: str, world: distributed.World):
-        self.config, self.world, self.cuda = c, world, world.device.type == "cuda"
+        self.config, self.who, self.world, self.cuda = c, who, world, world.device.type == "cuda"
         torch.manual_seed(0)
         if who == OURS:
             dtype = distributed.pick_dtype(c.dtype, world.device)
@@ -78,12 +80,12 @@ class Steps:
         self.optimizer.step()
 
     def seconds(self, micro: int) -> float:
-        """The median update, after three that are not counted."""
-        for _ in range(3):
+        """The median update of a turn, after two that are not counted."""
+        for _ in range(2):
             self.update(micro)
         times, started = [], time.perf_counter()
         at_once = 5 if self.cuda else 1  # as in training, the host runs ahead of a GPU
-        while time.perf_counter() - started < SECONDS or len(times) < 5:
+        while self.world.any(time.perf_counter() - started < SECONDS or len(times) < 5):  # ranks must agree on it
             self.wait()
             before = time.perf_counter()
             for _ in range(at_once):
@@ -112,92 +114,139 @@ class Steps:
                 found[part_of(event.key)] += took / 1000 / updates
         return found | {IDLE: max(0.0, 1000 * wall / updates - sum(found.values()))}
 
+    def rest(self, micro: int) -> dict:
+        """What a row has besides its time: peak memory, and of ours, in one process, the parts of a step."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.update(micro)
+            found = {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+        else:
+            found = {"peak_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+        return found | ({"parts_ms": self.parts(micro)} if self.who == OURS and self.world.size == 1 else {})
 
-def one(c: Config, who: str) -> dict:
-    """What is measured in one process: tokens a second, the micro-batch, peak memory, and of ours the parts."""
-    # The others go without what the trainer sets up for a process.
-    world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
-    steps, times = Steps(c, who, world), {}
-    micros = [min(c.micro_batch_size, steps.batch) if who == OURS else steps.batch]
-    for micro in [m for m in (64, 32, 16, 8, 4) if m <= c.batch_size] if steps.cuda else micros:
-        try:
-            times[micro] = steps.seconds(micro)
-        except torch.OutOfMemoryError:
+
+def take_turns(c: Config, who: str):
+    """What a process of its own does: of each turn, asked for by a line on stdin, it says the seconds of a step; at the end of
+    stdin the rest of its row. A contender that is not there or does not fit says why.
+    """
+    try:
+        # The others go without what the trainer sets up for a process.
+        world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
+        steps = Steps(c, who, world)
+        micro = fastest_micro(steps) if steps.cuda else min(c.micro_batch_size if who == OURS else c.batch_size, steps.batch)
+        while world.any(world.rank == 0 and bool(sys.stdin.readline())):
+            seconds = steps.seconds(micro)
+            if steps.cuda:
+                torch.cuda.empty_cache()  # for the next one's turn
+            say(world, seconds)
+        say(world, {"micro_batch_size": micro} | steps.rest(micro))
+        distributed.leave()
+    except (ConfigError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
+        print(json.dumps({"failed": str(e).strip().split("\n")[0]}), flush=True)
+
+
+def say(world: distributed.World, found):
+    if world.rank == 0:
+        print(json.dumps(found), flush=True)
+
+
+def fastest_micro(steps: Steps) -> int:
+    times = {}
+    for micro in (64, 32, 16, 8, 4):
+        if micro <= steps.batch:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                times[micro] = steps.seconds(micro)
             torch.cuda.empty_cache()
     if not times:
         raise ConfigError("no micro-batch fits the device's memory")
-    micro = min(times, key=times.get)
-    speed = c.batch_size * c.seq_len / times[micro]
-    row = {"tokens_per_s": speed, "ms": 1000 * times[micro], "micro_batch_size": micro}
-    if steps.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        steps.update(micro)
-        row["peak_GB"] = torch.cuda.max_memory_allocated() / 1e9
-        if peak := metrics.peak_flops(torch.cuda.get_device_name()):
-            row["mfu"] = speed * metrics.flops_per_token(c) / peak
-    else:
-        row["peak_GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    if who == OURS and world.size == 1:
-        row["parts_ms"] = steps.parts(micro)
-    distributed.leave()
-    return row if world.rank == 0 else {}
+    return min(times, key=times.get)
 
 
-def say_one(c: Config, who: str):
-    """`one`, as the last line of a process; a contender that is not there or does not fit says why."""
-    try:
-        row = one(c, who)
-    except (ConfigError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
-        row = {"failed": str(e).strip().split("\n")[0]}
-    if row:
-        print(json.dumps(row), flush=True)
+class Contender:
+    """A process that takes turns, and what it has said so far."""
 
+    def __init__(self, argv: list[str], who: str):
+        launch = [sys.executable]
+        if who == RANKS:
+            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torch.get_num_threads()}"]
+        command = [*launch, str(ROOT / "bench.py"), "train", *argv, f"--one={OURS if who == RANKS else who}"]
+        self.log = tempfile.TemporaryFile("w+")
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
+        self.who, self.seconds, self.row = who, [], {}
 
-def in_a_process(argv: list[str], who: str) -> dict:
-    launch = [sys.executable]
-    if who == RANKS:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torch.get_num_threads()}"]
-    command = [*launch, str(ROOT / "bench.py"), "train", *argv, f"--one={OURS if who == RANKS else who}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    def turn(self):
+        if "failed" in self.row:
+            return
+        with contextlib.suppress(BrokenPipeError):  # its end is seen by `hear`
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        found = self.hear()
+        if isinstance(found, dict):
+            self.row = found
+        else:
+            self.seconds.append(found)
+
+    def end(self):
+        if "failed" not in self.row:
+            self.process.stdin.close()
+            self.row = self.hear()
+        self.process.wait()
+
+    def hear(self):
+        """The next thing it says: seconds, or a row."""
+        for line in self.process.stdout:
+            with contextlib.suppress(json.JSONDecodeError):  # what the trainer says
+                return json.loads(line)
+        self.log.seek(0)
+        return {"failed": (self.log.read().strip().splitlines() or ["it ended without a word"])[-1]}
 
 
 def compare(argv: list[str], rounds: int) -> dict:
-    """What was found in the rounds of one config, whose device is cuda or cpu; `of`: see summary."""
+    """What was found in the rounds of one config, whose device is cuda or cpu; `of`: {who: its row}, see summary."""
     c = load(argv)
     names = [*ON[c.device], OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]
-    found = {who: [] for who in names}
+    contenders = []
+    for who in names:
+        contenders.append(Contender(argv, who))
+        contenders[-1].turn()  # in which it compiles: not counted
+        contenders[-1].seconds.clear()
     for i in range(rounds):
-        for who in names:
-            if not any("failed" in row for row in found[who]):
-                found[who].append(in_a_process(argv, who))
-                row = found[who][-1]
-                said = row.get("failed") or f"{row['tokens_per_s']:,.0f} tok/s"
-                print(f"round {i + 1}, {who}: {said}", flush=True)
-    return {"flops_per_token": metrics.flops_per_token(c), "rounds": rounds, "of": summary(found)}
+        for one in contenders:
+            one.turn()
+        print(
+            f"round {i + 1}, ms: " + ", ".join(f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in contenders if one.seconds),
+            flush=True,
+        )
+    for one in contenders:
+        one.end()
+    rows = {one.who: one.row | {"seconds": one.seconds} for one in contenders}
+    found = summary(rows, c.batch_size * c.seq_len)
+    if peak := metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None:
+        for row in found.values():
+            row["mfu"] = row.get("tokens_per_s", 0) * metrics.flops_per_token(c) / peak
+    return {"flops_per_token": metrics.flops_per_token(c), "rounds": rounds, "of": found}
 
 
-def summary(found: dict[str, list[dict]]) -> dict:
-    """{who: [row of a round, ...]} -> {who: the row of the median round, with ours_over: the median, least and most of the
-    ratios of ours to it in the same round}.
+def summary(rows: dict[str, dict], tokens: int) -> dict:
+    """Rows with the `seconds` of each round -> with the median step in their place, as tokens_per_s and ms; and ours_over: the
+    median and the quartiles of the ratio of ours to it, in tokens a second, in the same round.
     """
     result = {}
-    for who, rows in found.items():
-        if any("failed" in row for row in rows):
-            result[who] = rows[-1]
+    for who, row in rows.items():
+        result[who] = {name: value for name, value in row.items() if name != "seconds"}
+        if "failed" in row:
             continue
-        middle = sorted(rows, key=lambda row: row["tokens_per_s"])[len(rows) // 2]
-        result[who] = middle
-        if who != OURS and not any("failed" in row for row in found[OURS]):
-            ratios = [ours["tokens_per_s"] / row["tokens_per_s"] for ours, row in zip(found[OURS], rows, strict=True)]
-            result[who] |= {"ours_over": [statistics.median(ratios), min(ratios), max(ratios)]}
+        seconds = statistics.median(row["seconds"])
+        result[who] |= {"tokens_per_s": tokens / seconds, "ms": 1000 * seconds}
+        if who != OURS and "failed" not in rows[OURS]:
+            ratios = [theirs / ours for theirs, ours in zip(row["seconds"], rows[OURS]["seconds"], strict=True)]
+            result[who]["ours_over"] = [statistics.median(ratios), *np.quantile(ratios, (0.25, 0.75)).tolist()]
     return result
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':<22}{'tokens/s':>10}{'ms':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (least to most)"]
+    lines = [f"{'':<22}{'tokens/s':>10}{'ms':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (quartiles)"]
     for who, row in result["of"].items():
         if "failed" in row:
             lines.append(f"{who:<22}{row['failed']}")

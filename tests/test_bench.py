@@ -1,5 +1,6 @@
 """What bench.py compares, reads off a profile and off a run; its times are of the machine and are not tested."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from model import Llama
 from runtime.config import ROOT, Config, ConfigError, load
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=65, seq_len=16, batch_size=4)
+EAGER = ["--device=cpu", "--kernels=eager", "--compile=off"]
+ARGV = [str(ROOT / "configs/tiny.py"), *EAGER, *(f"--{k}={v}" for k, v in SHAPE.items())]
 
 
 @pytest.mark.parametrize("kv", [1, 2])
@@ -72,30 +75,32 @@ def test_each_kernel_of_a_step_has_its_part():
 
 
 @pytest.mark.parametrize("who", [training.OURS, "plain"])
-def test_a_step_is_the_sum_of_its_parts(who, monkeypatch, capsys):
+def test_a_contender_takes_its_turns_and_ends_with_its_row(who, monkeypatch, capsys):
     monkeypatch.setattr(training, "SECONDS", 0.01)
-    c = load([str(ROOT / "configs/tiny.py"), "--device=cpu", "--kernels=eager", *(f"--{k}={v}" for k, v in SHAPE.items())])
-    training.say_one(c, who)
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert row["tokens_per_s"] == pytest.approx(c.batch_size * c.seq_len / row["ms"] * 1000) and row["peak_GB"] > 0.05
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    training.take_turns(load(ARGV), who)
+    *seconds, row = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(seconds) == 2 and all(0 < s < 10 for s in seconds) and row["peak_GB"] > 0.05
+    assert ("parts_ms" in row) == (who == training.OURS)
     if who == training.OURS:
         parts = row["parts_ms"]
         assert parts.keys() == {*training.PARTS, training.MEMORY_BOUND, training.IDLE}
         assert all(parts[name] > 0 for name in ("optimiser", "cross-entropy", "attention", "GEMMs", "memory-bound"))
 
 
-def test_what_fails_is_a_row_that_says_why(capsys):
-    training.say_one(Config(**SHAPE, device="cpu", kernels="fused", out_dir="x", dtype="bf16"), "hf liger")
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "is not installed" in row["failed"]
-    found = training.summary({"hf": [row], training.OURS: [{"tokens_per_s": 1.0}]})
-    assert found["hf"] == row
+def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
+    monkeypatch.setattr(training, "ON", {"cpu": ["hf liger", "plain", "no such model"]})
+    found = training.compare(ARGV, rounds=1)["of"]
+    assert "is not installed" in found["hf liger"]["failed"] and "no such model" in found["no such model"]["failed"]
+    for who in ("plain", training.OURS):
+        assert found[who]["tokens_per_s"] == pytest.approx(4 * 16 / found[who]["ms"] * 1000)
+    assert "is not installed" in training.table({"of": found})
 
 
 def test_ratios_are_of_the_same_round():
-    rows = {who: [{"tokens_per_s": s} for s in speeds] for who, speeds in {"plain": (1, 2, 4), "ours": (2, 6, 4)}.items()}
-    found = training.summary(rows)
-    assert found["plain"] == {"tokens_per_s": 2, "ours_over": [2, 1, 3]} and "ours_over" not in found["ours"]
+    rows = {who: {"seconds": seconds} for who, seconds in {"plain": [8, 4, 2], "ours": [4, 1, 2]}.items()}
+    found = training.summary(rows, tokens=8)
+    assert found["plain"] == {"tokens_per_s": 2, "ms": 4000, "ours_over": [2, 1.5, 3]} and "ours_over" not in found["ours"]
 
 
 def test_a_level_is_reached_at_the_second_of_two_evaluations():
@@ -106,7 +111,7 @@ def test_a_level_is_reached_at_the_second_of_two_evaluations():
 
 
 def test_a_run_is_timed_until_it_copies(dataset, monkeypatch):
-    argv = [str(ROOT / "configs/tiny.py"), f"--data={dataset}", "--device=cpu", "--kernels=eager", "--eval_interval=0"]
+    argv = [str(ROOT / "configs/tiny.py"), f"--data={dataset}", *EAGER, "--eval_interval=0"]
     shape = SHAPE | dict(vocab_size=17, seq_len=96, micro_batch_size=4, max_steps=100000, copy_eval_interval=1)
     monkeypatch.setattr(copying, "LEVELS", (0.0, 1.1))  # one that any score reaches, and one that none does
     found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in shape.items())], until=0.0)
