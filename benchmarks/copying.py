@@ -1,10 +1,12 @@
 """`bench.py copy`: how soon a model copies, from a cold start.
 
 train.py runs in a process of its own until its copy test at the full alphabet has been at or above a level at two evaluations
-in a row. The clock starts with the process, so imports, compilation and evaluations count; preparing the data does
-not. Seconds, steps and tokens are those of the second of the two evaluations; None where the run ended without.
+in a row. The clock starts with the process and its compilers' caches are empty, so imports, compilation and evaluations
+count; preparing the data does not. Seconds, steps and tokens are those of the second of the two evaluations; None where the
+run ended without.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,9 +39,11 @@ def time_to_copy(argv: list[str], until: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         rows, path = [], Path(folder) / "run/metrics.jsonl"
         command = [sys.executable, str(ROOT / "train.py"), *argv, f"--out_dir={folder}/run"]
+        caches = {f"{name}_CACHE_DIR": f"{folder}/{name}" for name in ("TORCHINDUCTOR", "TRITON")}
         started = time.perf_counter()
         with open(f"{folder}/log.txt", "w") as log:  # a file: a pipe that nobody reads would stop it once full
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": log}
+            child = subprocess.Popen(command, **quiet, env=os.environ | caches)
         while reached(rows, until) is None and child.poll() is None:
             time.sleep(0.2)
             rows += watch(path, rows, time.perf_counter() - started)
