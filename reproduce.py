@@ -49,7 +49,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         config="configs/tiny.py",
-        settings=dict(schedule="constant", max_steps=2000),
+        settings=dict(schedule="constant", max_steps=2000, compile="off"),  # the same with a C++ compiler or without
         batches=(8, 16, 32),
         rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
         layers=4,
