@@ -1,6 +1,6 @@
 """Trains a Llama from token bins, measuring on the way how well it copies from its context.
 
-    python train.py configs/tiny.py                              a demo: two CPU cores, two minutes
+    python train.py configs/tiny.py                              a demo: two CPU cores, four minutes
     python train.py configs/llama162m.py --micro_batch_size=32   one device
     torchrun --nproc_per_node=8 train.py                         eight GPUs of one machine (llama162m)
     python train.py --help                                       every setting, its type and default

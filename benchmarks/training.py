@@ -3,7 +3,8 @@
 Each has a process of its own, which waits while another has its turn: in each round all have one, so that what slows the
 machine down slows all. A step is an update of batch_size sequences: data to the device, forward, backward, clipping, AdamW. On
 a GPU each takes its fastest micro-batch that fits; on a CPU ours has its config's, the others take the batch whole, and ours
-runs a second time as one rank a core. A turn is `SECONDS` at least; what counts of it is the median step.
+runs a second time as one rank a core. A turn is `SECONDS` at least; what counts of it is the median step. All stay in memory:
+weights, moments and gradients, 16 bytes a parameter, are there of each while one has its turn.
 """
 
 import contextlib
@@ -196,8 +197,10 @@ class Contender:
     def hear(self):
         """The next thing it says: seconds, or a row."""
         for line in self.process.stdout:
-            with contextlib.suppress(json.JSONDecodeError):  # what the trainer says
+            try:
                 return json.loads(line)
+            except json.JSONDecodeError:
+                print(f"{self.who}: {line}", end="", flush=True)  # what the trainer says
         self.log.seek(0)
         return {"failed": (self.log.read().strip().splitlines() or ["it ended without a word"])[-1]}
 
@@ -214,17 +217,16 @@ def compare(argv: list[str], rounds: int) -> dict:
     for i in range(rounds):
         for one in contenders:
             one.turn()
-        print(
-            f"round {i + 1}, ms: " + ", ".join(f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in contenders if one.seconds),
-            flush=True,
-        )
+        said = [f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in contenders if "failed" not in one.row]
+        print(f"round {i + 1}, ms: {', '.join(said)}", flush=True)
     for one in contenders:
         one.end()
     rows = {one.who: one.row | {"seconds": one.seconds} for one in contenders}
     found = summary(rows, c.batch_size * c.seq_len)
     if peak := metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None:
         for row in found.values():
-            row["mfu"] = row.get("tokens_per_s", 0) * metrics.flops_per_token(c) / peak
+            if "failed" not in row:
+                row["mfu"] = row["tokens_per_s"] * metrics.flops_per_token(c) / peak
     return {"flops_per_token": metrics.flops_per_token(c), "rounds": rounds, "of": found}
 
 

@@ -216,10 +216,12 @@ def test_bins_without_a_meta_train(settings, tmp_path):
 
 def test_compiled_blocks_give_the_same_losses(settings, tmp_path, monkeypatch):
     """Traced and differentiated ahead of time, with no code generated: that would need a C++ compiler and a minute."""
-    compile = torch.compile  # Module.compile calls it too
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend="aot_eager", **kw))
+    calls, compile = [], torch.compile  # Module.compile calls it too
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: (calls.append(f), compile(f, backend="aot_eager", **kw))[1])
     plain = run(settings, max_steps=3)
-    compiled = run(settings, max_steps=3, compile="on", out_dir=str(tmp_path / "compiled"))
+    assert not calls
+    compiled = run(settings, max_steps=3, compile="auto", out_dir=str(tmp_path / "compiled"))
+    assert len(calls) == 1 + settings["n_layers"]  # whether it works, and each block
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-5)
     assert weights(settings).keys() == weights(settings, out_dir=str(tmp_path / "compiled")).keys()
 
