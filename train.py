@@ -67,7 +67,8 @@ def train(config: Config, world: distributed.World) -> int:
         if not (log or milestone or step == first):
             continue
         row, late = run.look(*late), None
-        row |= run.rates((time.perf_counter() - clock) / (step - since), step)
+        if step > first:  # the first compiles, and tells no speed
+            row |= run.rates((time.perf_counter() - clock) / (step - since), step)
         run.progress.show(row)
         measured = run.measure(step)
         if log:

@@ -59,7 +59,7 @@ def test_a_run_leaves_its_directory_as_documented(settings):
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[3].keys() >= {"tokens", "loss", "lr", "grad_norm", "tokens_per_s", "eta_s", "val_loss", "induction_max"}
     assert rows[3].keys() >= {"copy_exact_full", "copy_token_full", "copy_exact_hex16", "copy_token_hex16"}
-    assert "mfu" not in rows[3] and rows[3]["tokens"] == 3 * 8 * 127
+    assert "ms" not in rows[1] and "mfu" not in rows[3] and rows[3]["tokens"] == 3 * 8 * 127
     state = checkpoint.load(out)
     assert state["step"] == 6 and state["data_fingerprint"] == bins.fingerprint(settings["data"])
     assert json.loads((out / "config.json").read_text()) == state["config"]
