@@ -62,12 +62,15 @@ def main() -> int:
     args, settings = parser.parse_known_args()
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds={args.rounds}: must be at least 1")
+    if args.json and not Path(args.json).parent.is_dir():
+        parser.error(f"--json={args.json}: no such folder to write it to")
     try:
         if args.what in ("kernels", "tiles"):
             return ops.main(args.what)
         if args.one:
             training.take_turns(load([*args.configs, *settings]), args.one)
             return 0
+        about = machine()  # before the figures: the commit that they are of
         if args.what == "data":
             result = preparing.prepare_rates(args.rounds or 5)
             print(preparing.said(result))
@@ -77,7 +80,7 @@ def main() -> int:
         print(e, file=sys.stderr)
         return 4 if isinstance(e, copying.RunFailed) else 2
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine(), args.what: result}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"machine": about, args.what: result}, indent=1) + "\n")
     return 0
 
 

@@ -15,7 +15,7 @@ def machine() -> dict:
     if torch.cuda.is_available():
         import triton
 
-        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         cudnn = torch.backends.cudnn.version()
         stack = {"driver": driver, "cuda": torch.version.cuda, "cudnn": cudnn, "triton": triton.__version__}
         return {"card": torch.cuda.get_device_name()} | stack | about
@@ -26,5 +26,8 @@ def machine() -> dict:
 
 
 def said(*command) -> str:
-    """What a command printed; empty where it failed."""
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """What a command printed; empty where it failed or is not there."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
