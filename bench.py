@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks import copying, ops, preparing, training
 from benchmarks.machine import machine
-from data.bins import DataError
+from config import ROOT, Parser, load
+from errors import UserError
 from runtime import distributed
-from runtime.config import ROOT, ConfigError, Parser, load
 
 CONFIGS = {
     ("train", "cuda"): ["configs/llama162m.py"],
@@ -76,7 +76,7 @@ def main() -> int:
             print(preparing.said(result))
         else:
             result = each_config(args.what, args, settings)
-    except (ConfigError, DataError, copying.RunFailed) as e:
+    except (UserError, copying.RunFailed) as e:
         print(e, file=sys.stderr)
         return 4 if isinstance(e, copying.RunFailed) else 2
     if args.json:

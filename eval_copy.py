@@ -18,13 +18,15 @@ import numpy as np
 import torch
 
 import kernels
-from data import bins, vocab
-from data.bins import DataError
+from config import Parser, from_checkpoint
+from data import bins
+from data.tokenizer import Tokenizer, tokenizer_from_state
+from errors import UserError
+from hf import folder as huggingface
 from measures import ablation, context, heads
 from measures.copying import PREFIX, SUFFIX, CopyTest, K, alphabet_ids, answers, copy_scores, kgrams, make_test
 from model import Llama
-from runtime import checkpoint, distributed, huggingface, metrics
-from runtime.config import ConfigError, Parser, from_checkpoint
+from runtime import checkpoint, distributed, metrics
 
 ALPHABETS = ("full", "hex16")
 REMOVED = (0, 1, 2, 4, 8, 16, 32)  # heads, by --ablate
@@ -37,55 +39,55 @@ TITLES = {  # of measures/heads.py
 }
 
 
-def training_row(model: Llama, words: vocab.Vocab, tests: dict[str, CopyTest]) -> dict:
+def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest]) -> dict:
     """What metrics.jsonl keeps of the copy test during training."""
     row = {}
     for name, test in tests.items():
         scores = copy_scores(test, answers(model, test))
         row |= {f"copy_exact_{name}": scores["exact"], f"copy_token_{name}": scores["token"]}
-    induction = heads.attention_scores(model, alphabet_ids(words, "full"), words.bos, samples=8)["induction"]
+    induction = heads.attention_scores(model, alphabet_ids(tokenizer, "full"), tokenizer.bos, samples=8)["induction"]
     row["induction_max"] = float(induction.max())
     model.train()
     return row
 
 
-def load(path, device="auto", ops="auto") -> tuple[Llama, vocab.Vocab, int]:
+def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     """The model, vocabulary and step of a checkpoint, a run directory or a Hugging Face folder."""
     state = huggingface.load(path)
     try:
         config = from_checkpoint(state["config"])
-    except ConfigError as e:
-        raise checkpoint.CheckpointError(f"{path}: {e}") from None
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
     ops = kernels.choose(ops, device, config.head_dim)
     model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
     checkpoint.restore(path, state, model)
-    words = vocab.from_state(state["tokenizer"])
-    if words.size > config.vocab_size:
-        raise checkpoint.CheckpointError(f"{path}: its tokenizer has {words.size} ids, but its model knows {config.vocab_size}")
-    return model.eval(), words, state["step"]
+    tokenizer = tokenizer_from_state(state["tokenizer"])
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
+    return model.eval(), tokenizer, state["step"]
 
 
 def evaluate(path, alphabets, samples: int, separator=False, seq_len=0, ablate="", data="", device="auto", ops="auto") -> dict:
     """All scores of one checkpoint. seq_len: the context of the copy test, 0 for the model's own; ablate: how to remove heads,
     see measures.ablation; data: a prepared folder, for the loss by position on its val.bin.
     """
-    model, words, step = load(path, device, ops)
-    ids, copying = alphabet_ids(words, "full"), {}
+    model, tokenizer, step = load(path, device, ops)
+    ids, copying = alphabet_ids(tokenizer, "full"), {}
     for name in alphabets:
-        test = make_test(words, name, seq_len or model.config.seq_len, samples, separator=separator)
+        test = make_test(tokenizer, name, seq_len or model.config.seq_len, samples, separator=separator)
         said = answers(model, test)
         scale = {"ids": len(np.unique(test.contexts)), "sequences": test.contexts.shape[1], "samples": samples}
         scale |= {"separator": test.separator, "questions": test.hash()}
         copying[name] = scale | copy_scores(test, said) | {"kgram": kgrams(test, said)}
     n = sum(p.numel() for p in model.parameters())
     about = {"path": str(path), "step": step, "parameters": n, "seq_len": model.config.seq_len}
-    found = heads.scores(model, ids, words.bos)
+    found = heads.scores(model, ids, tokenizer.bos)
     result = about | {"copy": copying, "heads": {name: scores.tolist() for name, scores in found.items()}}
     result["context"] = {
-        "induction_loss": context.induction_loss(model, ids, words.bos),
-        "recall": context.associative_recall(model, ids, words.bos),
-        "pairs": context.key_values(model, ids, words.bos),
+        "induction_loss": context.induction_loss(model, ids, tokenizer.bos),
+        "recall": context.associative_recall(model, ids, tokenizer.bos),
+        "pairs": context.key_values(model, ids, tokenizer.bos),
     }
     if data:
         val = bins.Bin(Path(data) / "val.bin", model.config.seq_len, model.config.vocab_size)
@@ -93,8 +95,8 @@ def evaluate(path, alphabets, samples: int, separator=False, seq_len=0, ablate="
         late = {f"icl_50_{n}": context.icl_score(losses, 50, n) for n in (500, 1000)}
         result["positions"] = late | {"loss": losses.tolist()}
     if ablate:
-        test = make_test(words, alphabets[0], seq_len or model.config.seq_len, min(samples, 100), separator=separator)
-        means = ablation.head_means(model, heads.repeated(ids, heads.fitting(model, 100, words.bos), 32, 1, words.bos))
+        test = make_test(tokenizer, alphabets[0], seq_len or model.config.seq_len, min(samples, 100), separator=separator)
+        means = ablation.head_means(model, heads.repeated(ids, heads.fitting(model, 100, tokenizer.bos), 32, 1, tokenizer.bos))
         result["ablation"] = ablation.ablation_curve(
             model, lambda model: copy_scores(test, answers(model, test))["exact"], found["score_mended"],
             ks=[k for k in REMOVED if k <= found["score_mended"].size // 2], how=ablate, means=means,
@@ -108,25 +110,23 @@ def over_steps(run: Path, samples: int, seq_len=0, device="auto", ops="auto"):
     rows = {row["step"]: row for row in metrics.read(file)} if file.exists() else {}
     found = {int(path.stem.split("_")[1]): path for kind in ("milestone", "ckpt") for path in run.glob(f"{kind}_*.pt")}
     if not found:
-        raise checkpoint.CheckpointError(
-            f"{run}: no checkpoints of several steps; train with --ckpt_keep=1000 or --ckpt_milestones=true"
-        )
+        raise UserError(f"{run}: no checkpoints of several steps; train with --ckpt_keep=1000 or --ckpt_milestones=true")
     tests = {}
     for step in sorted(found.keys() - rows.keys()):
-        model, words, _ = load(found[step], device, ops)
-        tests = tests or {name: make_test(words, name, seq_len or model.config.seq_len, samples) for name in ALPHABETS}
-        ids, row = alphabet_ids(words, "full"), {"step": step, "path": found[step].name}
+        model, tokenizer, _ = load(found[step], device, ops)
+        tests = tests or {name: make_test(tokenizer, name, seq_len or model.config.seq_len, samples) for name in ALPHABETS}
+        ids, row = alphabet_ids(tokenizer, "full"), {"step": step, "path": found[step].name}
         for name, test in tests.items():
             said = answers(model, test)
             scores, readers = copy_scores(test, said), kgrams(test, said)
             row |= {f"copy_{key}_{name}": scores[key] for key in ("exact", "token", "first", "logprob")}
             row |= {f"{key}_{name}": list(readers[key].values()) for key in ("uses", "ceiling")}
             row |= {f"questions_{name}": test.hash()}
-        attention = heads.attention_scores(model, ids, words.bos, samples=8)
+        attention = heads.attention_scores(model, ids, tokenizer.bos, samples=8)
         score = heads.paper_score(attention, heads.eigenvalue_score(model), heads.eigenvalue_score(model, folded=True))
         row |= {"induction": attention["induction"].tolist(), "score_mended": score["mended"].tolist()}
-        row |= {"recall": context.associative_recall(model, ids, words.bos)["accuracy"]}
-        row |= {"pairs": context.key_values(model, ids, words.bos)}
+        row |= {"recall": context.associative_recall(model, ids, tokenizer.bos)["accuracy"]}
+        row |= {"pairs": context.key_values(model, ids, tokenizer.bos)}
         rows[step] = row
         text = "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows))
         aside = file.with_suffix(".tmp")
@@ -191,13 +191,13 @@ def table(result: dict) -> str:
 
 def go_on(path, text: str, device="auto", ops="auto", n=200):
     """Prints the prompt and the likeliest continuation, up to n tokens, or to the context's end."""
-    model, words, _ = load(path, device, ops)
-    ids = ([] if words.bos is None else [words.bos]) + list(words.encode(text))
+    model, tokenizer, _ = load(path, device, ops)
+    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + list(tokenizer.encode(text))
     if not ids or len(ids) >= model.config.seq_len:
-        raise DataError(f"--prompt: {len(ids)} tokens; this model's context takes 1 to {model.config.seq_len - 1}")
+        raise UserError(f"--prompt: {len(ids)} tokens; this model's context takes 1 to {model.config.seq_len - 1}")
     prompt = torch.tensor([ids], device=model.embed.weight.device)
-    new = [token.item() for token in model.generate(prompt, n, stop=words.bos)]
-    print(text + words.decode(ids + new)[len(words.decode(ids)) :])
+    new = [token.item() for token in model.generate(prompt, n, stop=tokenizer.bos)]
+    print(text + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -243,12 +243,12 @@ def main(argv: list[str]) -> int:
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
         if args.plot:
-            from runtime import pictures
+            from runtime import plots
 
-            pictures.draw(args.plot, results)
+            plots.draw(args.plot, results)
             print(f"picture: {args.plot}")
         return 0
-    except (ConfigError, DataError, checkpoint.CheckpointError, kernels.KernelError, OSError) as e:
+    except (UserError, kernels.KernelError, OSError) as e:
         problem = str(e)
     except (RuntimeError, MemoryError) as e:
         if not distributed.is_out_of_memory(e):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.config import ModelConfig as LlamaConfig
+from config import ModelConfig as LlamaConfig
 
 
 class Linear(nn.Linear):
@@ -36,10 +36,10 @@ class Attention(nn.Module):
         q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         return *self.ops.rotary(q, k, *rope), v
 
-    def forward(self, x, rope, seed=None, past=None):
+    def forward(self, x, rope, seed=None, kv_cache=None):
         q, k, v = self.qkv(x, rope)
-        if past is not None:
-            k, v = past.append(k, v)
+        if kv_cache is not None:
+            k, v = kv_cache.append(k, v)
         p = self.dropout if self.training else 0.0
         return self.wo(self.ops.causal_attention(q, k, v, p, seed).flatten(2))
 
@@ -64,9 +64,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.empty(config.dim))
         self.mlp = MLP(config, ops)
 
-    def forward(self, x, rope, seed=None, past=None):
-        """x (B, T, D) -> (B, T, D). seed (B,) keys attention dropout; past is this layer's part of a KVCache."""
-        y = self.attention(self.ops.rms_norm(x, self.attention_norm, self.eps), rope, seed, past)
+    def forward(self, x, rope, seed=None, kv_cache=None):
+        """x (B, T, D) -> (B, T, D). seed (B,) keys attention dropout; kv_cache is this layer's part of a KVCache."""
+        y = self.attention(self.ops.rms_norm(x, self.attention_norm, self.eps), rope, seed, kv_cache)
         y, x = self.ops.add_rms_norm(y, x, self.mlp_norm, self.eps)
         return x + self.mlp(y)
 
@@ -78,15 +78,15 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.dim))
-        self.head = Linear(config.dim, config.vocab_size)
+        self.lm_head = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
-            self.head.weight = self.embed.weight
+            self.lm_head.weight = self.embed.weight
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
-        embed, wqkv, gate_up, head   normal, std 0.02
+        embed, wqkv, gate_up, lm_head normal, std 0.02
         wo, down                     normal, std 0.02 / sqrt(2 n_layers): they write to the residual stream, 2 a layer
         norm weights                 1
         cos, sin                     the rotary table, (T, Dh/2), angles and values in fp32 whatever the dtype
@@ -127,11 +127,11 @@ class Llama(nn.Module):
         seed (B,) int64 keys attention dropout, one per sequence; with a cache the tokens go on where it ends.
         """
         x = self.hidden(tokens, seed, cache)
-        return self.head(x) if targets is None else self.loss(x, targets)
+        return self.lm_head(x) if targets is None else self.loss(x, targets)
 
     def loss(self, x, targets):
         """The mean loss of the head on x (B, T, D), as hidden returns it, over targets (B, T) that are not -100."""
-        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.head.weight.to(x.dtype), targets.flatten())
+        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
 
     @torch.no_grad()
     def attention_maps(self, tokens):
@@ -159,11 +159,11 @@ class Llama(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, of at most `room`. Setting `length` back rewinds it."""
+    """Keys and values of the positions seen so far, of at most `max_len`. Setting `length` back rewinds it."""
 
-    def __init__(self, model: Llama, batch: int, room: int | None = None):
+    def __init__(self, model: Llama, batch: int, max_len: int | None = None):
         c, device = model.config, model.embed.weight.device
-        shape = (c.n_layers, 2, batch, room or c.seq_len, c.n_kv_heads, c.head_dim)
+        shape = (c.n_layers, 2, batch, max_len or c.seq_len, c.n_kv_heads, c.head_dim)
         self.kv = torch.empty(shape, dtype=model.dtype, device=device)
         self.length = 0
 
@@ -173,7 +173,7 @@ class KVCache:
 
 class LayerCache:
     def __init__(self, kv, start):
-        self.kv, self.start = kv, start  # (2, B, room, Hkv, Dh)
+        self.kv, self.start = kv, start  # (2, B, max_len, Hkv, Dh)
 
     def append(self, k, v):
         """Writes k, v (B, T, Hkv, Dh) at the end and returns all there is: (B, start + T, Hkv, Dh) each."""

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from config import ROOT, Config, Parser, load
 from data import prepare
-from data.bins import DataError
-from measures import figures
+from errors import UserError
+from paper import figures
 from runtime import metrics
-from runtime.config import ROOT, Config, ConfigError, Parser, load
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def main(argv: list[str]) -> int:
         if not make(list(FIGURES) if args.figure == "all" else [args.figure], runs, jobs):
             print("the minutes are over; the same command goes on")
             return 3
-    except (ConfigError, DataError) as e:
+    except UserError as e:
         print(e, file=sys.stderr)
         return 2
     except RuntimeError as e:

@@ -11,7 +11,7 @@ said in one line; 3 stopped by SIGTERM or SIGINT after saving; 4 the run failed.
 
 import sys
 
-from runtime import config as settings
+import config as settings
 
 if __name__ == "__main__":
     CONFIG = settings.from_command_line(sys.argv[1:])  # before torch is imported: --help and a typo answer at once
@@ -33,10 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval_copy
 import kernels
-from data import bins, prepare, vocab
+from config import Config
+from data import bins, prepare
+from data.meta import SPLITS, load_meta
+from data.tokenizer import load_tokenizer
+from errors import UserError
+from hf import folder as huggingface
 from model import Llama
-from runtime import checkpoint, distributed, huggingface, metrics
-from runtime.config import Config, ConfigError
+from runtime import checkpoint, distributed, metrics
 from runtime.validation import validate
 
 
@@ -93,13 +97,13 @@ class Run:
     def __init__(self, config: Config, world: distributed.World):
         self.config, self.world, self.out = config, world, Path(config.out_dir)
         folder = open_data(config, world)
-        self.train_bin, self.val_bin = (bins.Bin(folder / f"{s}.bin", config.seq_len, config.vocab_size) for s in bins.SPLITS)
+        self.train_bin, self.val_bin = (bins.Bin(folder / f"{s}.bin", config.seq_len, config.vocab_size) for s in SPLITS)
         self.val_windows = bins.order(0, 0, self.val_bin.n_windows)[: config.eval_batches * config.batch_size]
-        self.meta, self.words = bins.load_meta(folder), vocab.load(folder, config.vocab_size)
-        if self.words.size > config.vocab_size:
-            needs = self.words.size
-            raise ConfigError(f"vocab_size={config.vocab_size}: {folder} has {needs} ids; pass --vocab_size={needs}")
-        self.tests = copy_tests(config, self.words)
+        self.meta, self.tokenizer = load_meta(folder), load_tokenizer(folder, config.vocab_size)
+        if self.tokenizer.size > config.vocab_size:
+            needs = self.tokenizer.size
+            raise UserError(f"vocab_size={config.vocab_size}: {folder} has {needs} ids; pass --vocab_size={needs}")
+        self.tests = copy_tests(config, self.tokenizer)
         self.per_rank, self.micro = batch_split(config, world)
 
         torch.manual_seed(config.seed)
@@ -112,7 +116,7 @@ class Run:
         if self.step is None:
             self.step = 0
             if config.init_from:
-                start_from(config, self.model, self.words, world)
+                start_from(config, self.model, self.tokenizer, world)
         self.saved, self.ckpt = None, {}  # the step that this run saved last; the seconds it took, for the next row
         announce(self)
         self.stop = distributed.StopSignal()
@@ -211,7 +215,7 @@ class Run:
             if row and split.get("bytes"):  # unknown of bins made elsewhere
                 row["val_bpb"] = row["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
         if copy and self.world.rank == 0:
-            row |= self.stop.interruptible(lambda: eval_copy.training_row(self.model, self.words, self.tests)) or {}
+            row |= self.stop.interruptible(lambda: eval_copy.training_row(self.model, self.tokenizer, self.tests)) or {}
         if (val or copy) and self.world.any(self.stop.asked):
             return None
         if row:
@@ -237,8 +241,8 @@ class Run:
 
     def weights(self, step: int) -> dict:
         """What a checkpoint needs to be evaluated."""
-        config, words = dataclasses.asdict(self.config), self.words.state()
-        return {"model": self.model.state_dict(), "step": step, "config": config, "tokenizer": words}
+        config, tokenizer = dataclasses.asdict(self.config), self.tokenizer.state()
+        return {"model": self.model.state_dict(), "step": step, "config": config, "tokenizer": tokenizer}
 
     def leave(self, step: int) -> int:
         """Ends a run that was asked to stop at `step`; -> the exit status."""
@@ -256,28 +260,28 @@ def open_data(config: Config, world) -> Path:
         command = shlex.join(["python", "-m", "data.prepare", *(argv if config.prepare else ["--help"])])
         problem = f"{folder / 'train.bin'}: not found; make it with: {command}"
         if not (config.prepare and world.size == 1 and sys.stdin.isatty()):
-            raise bins.DataError(problem)
+            raise UserError(problem)
         if input(f"{problem}\nMake it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
-            raise bins.DataError(f"{folder / 'train.bin'}: not found")
+            raise UserError(f"{folder / 'train.bin'}: not found")
         prepare.prepare(argv)
     return folder
 
 
-def copy_tests(config: Config, words) -> dict:
+def copy_tests(config: Config, tokenizer) -> dict:
     """The samples of the copy tests made during training: fewer than eval_copy.py's own, the same at every step."""
     if not config.copy_eval_interval:
         return {}
-    return {name: eval_copy.make_test(words, name, config.seq_len, samples=50) for name in eval_copy.ALPHABETS}
+    return {name: eval_copy.make_test(tokenizer, name, config.seq_len, samples=50) for name in eval_copy.ALPHABETS}
 
 
 def batch_split(config: Config, world) -> tuple[int, int]:
     """Sequences of a batch per rank, and per pass."""
     if config.batch_size % world.size:
-        raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of the {world.size} ranks")
+        raise UserError(f"batch_size={config.batch_size}: must be a multiple of the {world.size} ranks")
     per_rank = config.batch_size // world.size
     micro = min(config.micro_batch_size, per_rank)
     if per_rank % micro:
-        raise ConfigError(f"micro_batch_size={micro}: must divide the {per_rank} sequences of a rank's share of the batch")
+        raise UserError(f"micro_batch_size={micro}: must divide the {per_rank} sequences of a rank's share of the batch")
     return per_rank, micro
 
 
@@ -300,7 +304,7 @@ def compile_blocks(model: Llama, config: Config, world):
     except Exception as e:  # what is missing (a compiler, Python's headers) shows as many kinds of error
         reason = f"torch.compile does not work on this machine ({str(e).strip().splitlines()[0]})"
         if config.compile == "on":
-            raise ConfigError(f"compile=on: {reason}; pass --compile=off") from None
+            raise UserError(f"compile=on: {reason}; pass --compile=off") from None
         world.say(f"warning: {reason}; going on without, slower")
         return
     for block in model.blocks:
@@ -326,7 +330,7 @@ def dropout_seeds(config: Config, start: int, count: int, device):
     return torch.from_numpy(seeds[start % config.batch_size :][:count]).to(device)
 
 
-def start_from(config: Config, model: Llama, words, world):
+def start_from(config: Config, model: Llama, tokenizer, world):
     """Puts the weights of config.init_from into a new run's model.
 
     They must be of this very model: where its context or dropout differs it is the same function on the same text, where
@@ -336,16 +340,16 @@ def start_from(config: Config, model: Llama, words, world):
     state = huggingface.load(path)
     try:
         theirs = settings.from_checkpoint(state["config"]).model()
-    except ConfigError as e:
-        raise checkpoint.CheckpointError(f"{path}: {e}") from None
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
     values = {f.name: getattr(theirs, f.name) for f in dataclasses.fields(theirs) if f.name not in ("seq_len", "attn_dropout")}
     if other := {name: value for name, value in values.items() if value != getattr(config, name)}:
         mine = ", ".join(f"{name}={getattr(config, name)}" for name in other)
         wanted = " ".join(f"--{name}={str(value).lower()}" for name, value in other.items())
-        raise ConfigError(f"{mine}, but init_from={path} has {', '.join(map(str, other.values()))}; pass {wanted}")
+        raise UserError(f"{mine}, but init_from={path} has {', '.join(map(str, other.values()))}; pass {wanted}")
     checkpoint.restore(path, state, model)
     world.say(f"starting from the weights of {path}, step {state['step']} there")
-    if state["tokenizer"] != words.state() and "ids" not in (words.kind, state["tokenizer"].get("kind")):
+    if state["tokenizer"] != tokenizer.state() and "ids" not in (tokenizer.kind, state["tokenizer"].get("kind")):
         world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids mean other text")
 
 
@@ -359,17 +363,17 @@ def resume(config: Config, model: Llama, optimizer, fingerprint: str, world) -> 
         try:
             state = checkpoint.load(path)
             break
-        except checkpoint.CheckpointError as e:
+        except UserError as e:
             if not paths:
                 raise
             world.say(f"warning: {e}; taking {paths[0]}")
     else:
         return None
     if "optimizer" not in state:
-        raise checkpoint.CheckpointError(f"{path}: a milestone holds weights alone; resume from a ckpt.pt, or pass --init_from")
+        raise UserError(f"{path}: a milestone holds weights alone; resume from a ckpt.pt, or pass --init_from")
     began = state["config"].get("init_from") or ""
     if config.init_from and os.path.realpath(config.init_from) != os.path.realpath(str(began)):
-        raise ConfigError(
+        raise UserError(
             f"init_from={config.init_from}: {path} has init_from={began!r}; leave it out to go on from there, name another "
             "--out_dir, or start anew with --resume=none"
         )
@@ -377,7 +381,7 @@ def resume(config: Config, model: Llama, optimizer, fingerprint: str, world) -> 
     if state.get("data_fingerprint") != fingerprint:
         changed.append(f"the data in {config.data}")
     if changed:
-        raise ConfigError(
+        raise UserError(
             f"{path}: made with other settings: {', '.join(changed)}; set them back, name another --out_dir, or start anew "
             "with --resume=none"
         )
@@ -408,7 +412,7 @@ def main(config: Config) -> int:
     try:
         world = distributed.start(config)
         return train(config, world)
-    except (ConfigError, bins.DataError, checkpoint.CheckpointError, kernels.KernelError) as e:
+    except (UserError, kernels.KernelError) as e:
         problem, status = str(e), 2
     except RunFailed as e:
         problem, status = str(e), 4

@@ -14,8 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from config import ROOT
+from errors import UserError
 from runtime import metrics
-from runtime.config import ROOT, ConfigError
 
 LEVELS = (0.5, 0.9)
 SCORE = "copy_exact_full"
@@ -34,7 +35,7 @@ def reached(rows: list[dict], level: float) -> dict | None:
 def time_to_copy(argv: list[str], until: float) -> dict:
     """{level: {seconds, step, tokens} or None, ...} of one run of train.py with these arguments, ended at the level `until`.
 
-    Raises ConfigError where train.py refuses them.
+    Raises UserError where train.py refuses them.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows, path = [], Path(folder) / "run/metrics.jsonl"
@@ -50,7 +51,7 @@ def time_to_copy(argv: list[str], until: float) -> dict:
         child.send_signal(signal.SIGTERM)
         if child.wait() not in (0, 3):
             said = Path(f"{folder}/log.txt").read_text().strip().splitlines()
-            raise (ConfigError if child.returncode == 2 else RunFailed)(said[-1])
+            raise (UserError if child.returncode == 2 else RunFailed)(said[-1])
         rows += watch(path, rows, time.perf_counter() - started)
     met = {level: reached(rows, level) for level in LEVELS if level <= until}
     return {str(level): row and {name: row[name] for name in ("seconds", "step", "tokens")} for level, row in met.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import ROOT
+from config import ROOT
 
 
 def machine() -> dict:

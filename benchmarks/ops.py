@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import machine
-from runtime.config import ROOT
+from config import ROOT
 
 SHAPE = dict(B=64, T=1024, D=768, H=12, F=3072, V=32000)
 SWEEP = [dict(T=T, B=65536 // T) for T in (256, 512, 2048, 4096)] + [dict(D=64 * H, H=H, F=256 * H) for H in (8, 16, 32)]
@@ -185,7 +185,7 @@ def rates(row, kind, work, top):
         row[f"{way}_share"] = row[f"{way}_{unit}"] / ceiling
 
 
-def contenders(name, op, eager, fused):
+def baselines(name, op, eager, fused):
     """name -> function of the inputs, for everything that is timed against the kernel."""
     found = {
         "fused": lambda *xs: op(fused, *xs),
@@ -217,7 +217,7 @@ def bench(shape, top):
         small_op, small, _, _ = cases(**(shape | dict(B=2, T=min(shape["T"], 512))))[name]
         check(lambda *xs, op=small_op: op(fused, *xs), lambda *xs, op=small_op: op(eager, *xs), small)
         op, inputs, forward, backward = cases(**shape)[name]
-        for who, f in contenders(name, op, eager, fused).items():
+        for who, f in baselines(name, op, eager, fused).items():
             try:
                 row = measure(f, inputs)
             except (torch.OutOfMemoryError, RuntimeError) as e:
@@ -289,7 +289,7 @@ def sweep_tiles():
 
 
 def sweep_shapes(top):
-    """Times every op against its contenders at the paper's shape, then with other T and D."""
+    """Times every op against its baselines at the paper's shape, then with other T and D."""
     results = []
     for change in [{}, *SWEEP]:
         shape = SHAPE | change

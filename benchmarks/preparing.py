@@ -11,8 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from data import bins, sources, vocab
-from runtime.config import ROOT
+from config import ROOT
+from data import sources
+from data.meta import load_meta
+from data.tokenizer import SentencePiece
 
 
 def prepare_rates(rounds: int) -> dict:
@@ -24,7 +26,7 @@ def prepare_rates(rounds: int) -> dict:
         model = f"{folder}/bpe/tokenizer.model"
         made = [sys.executable, "-m", "data.prepare", "python-stdlib"]
         subprocess.run([*made, "--tokenizer=bpe", "--vocab_size=32000", f"--out={folder}/bpe"], cwd=ROOT, check=True)
-        encode = vocab.SentencePiece(Path(model).read_bytes()).sp.encode
+        encode = SentencePiece(Path(model).read_bytes()).sp.encode
         texts = [document.text for part in sources.python_stdlib() for document in part.read() if document.text]
         for i in range(rounds):
             start = time.perf_counter()
@@ -39,7 +41,7 @@ def prepare_rates(rounds: int) -> dict:
                     time.sleep(0.05)
                 seconds = time.perf_counter() - start
                 assert child.returncode == 0, command
-                tokens = sum(split["tokens"] for split in bins.load_meta(out)["splits"].values())
+                tokens = sum(split["tokens"] for split in load_meta(out)["splits"].values())
                 row |= {f"processes_{processes}": tokens / seconds}
             rows.append(row)
             print(", ".join(f"{name} {rate:,.0f} tok/s" for name, rate in row.items()), flush=True)

@@ -24,10 +24,11 @@ from torch.profiler import profile, record_function
 
 import kernels
 import train
-from benchmarks.contenders import CONTENDERS, ON
+from benchmarks.baselines import BASELINES, ON
+from config import ROOT, Config, load
+from errors import UserError
 from model import Llama
 from runtime import distributed, metrics
-from runtime.config import ROOT, Config, ConfigError, load
 
 SECONDS = 2
 OURS, RANKS = "ours", "ours, a rank a core"
@@ -49,7 +50,7 @@ def part_of(name: str) -> str:
 
 
 class Steps:
-    """A model, its optimizer, and whole updates of both; `who` is ours or a contender."""
+    """A model, its optimizer, and whole updates of both; `who` is ours or a baseline."""
 
     def __init__(self, c: Config, who: str, world: distributed.World):
         self.config, self.who, self.world, self.cuda = c, who, world, world.device.type == "cuda"
@@ -61,7 +62,7 @@ class Steps:
             self.optimizer = train.make_optimizer(model, c)
             self.autocast = torch.autocast(world.device.type, enabled=False)
         else:
-            model = CONTENDERS[who](c).to(world.device)
+            model = BASELINES[who](c).to(world.device)
             self.optimizer = torch.optim.AdamW(model.parameters(), fused=self.cuda)
             self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.cuda)
         self.model = model
@@ -128,7 +129,7 @@ class Steps:
 
 def take_turns(c: Config, who: str):
     """What a process of its own does: of each turn, asked for by a line on stdin, it says the seconds of a step; at the end of
-    stdin the rest of its row. A contender that is not there or does not fit says why.
+    stdin the rest of its row. A baseline that is not there or does not fit says why.
     """
     try:
         # The others go without what the trainer sets up for a process.
@@ -142,7 +143,7 @@ def take_turns(c: Config, who: str):
             say(world, seconds)
         say(world, {"micro_batch_size": micro} | steps.rest(micro))
         distributed.leave()
-    except (ConfigError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
+    except (UserError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
         print(json.dumps({"failed": str(e).strip().split("\n")[0]}), flush=True)
 
 
@@ -159,11 +160,11 @@ def fastest_micro(steps: Steps) -> int:
                 times[micro] = steps.seconds(micro)
             torch.cuda.empty_cache()
     if not times:
-        raise ConfigError("no micro-batch fits the device's memory")
+        raise UserError("no micro-batch fits the device's memory")
     return min(times, key=times.get)
 
 
-class Contender:
+class Baseline:
     """A process that takes turns, and what it has said so far."""
 
     def __init__(self, argv: list[str], who: str):
@@ -209,19 +210,19 @@ def compare(argv: list[str], rounds: int) -> dict:
     """What was found in the rounds of one config, whose device is cuda or cpu; `of`: {who: its row}, see summary."""
     c = load(argv)
     names = [*ON[c.device], OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]
-    contenders = []
+    baselines = []
     for who in names:
-        contenders.append(Contender(argv, who))
-        contenders[-1].turn()  # in which it compiles: not counted
-        contenders[-1].seconds.clear()
+        baselines.append(Baseline(argv, who))
+        baselines[-1].turn()  # in which it compiles: not counted
+        baselines[-1].seconds.clear()
     for i in range(rounds):
-        for one in contenders:
+        for one in baselines:
             one.turn()
-        said = [f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in contenders if "failed" not in one.row]
+        said = [f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in baselines if "failed" not in one.row]
         print(f"round {i + 1}, ms: {', '.join(said)}", flush=True)
-    for one in contenders:
+    for one in baselines:
         one.end()
-    rows = {one.who: one.row | {"seconds": one.seconds} for one in contenders}
+    rows = {one.who: one.row | {"seconds": one.seconds} for one in baselines}
     found = summary(rows, c.batch_size * c.seq_len)
     if peak := metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None:
         for row in found.values():

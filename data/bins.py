@@ -17,15 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1
-SPLITS = ("train", "val")
-TOKEN = np.dtype("<u2")
-SPLIT = {"tokens": int, "docs": int, "bytes": int, "blake2b": str}
-META = {"vocab_size": int, "fingerprint": str, "tokenizer": dict, "splits": {split: SPLIT for split in SPLITS}}
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message is one line: the thing, its value, what was expected and what mends it."""
+from data.meta import SPLITS, TOKEN, load_meta
+from data.tokenizer import load_tokenizer
+from errors import UserError
 
 
 class DataChanged(RuntimeError):
@@ -47,7 +41,7 @@ class Shard:
     """One file, mapped once and read-only: tokens (n,) uint16.
 
     Headerless, or after the header of llm.c and modded-nanogpt: 256 int32, the first three 20240520, 1 and n.
-    Raises DataError where it is empty, no whole number of tokens, or not of the size that its header states.
+    Raises UserError where it is empty, no whole number of tokens, or not of the size that its header states.
     """
 
     HEADER, UINT16, UINT32 = 1024, 20240520, 20240801  # bytes; what the first int32 is for either width of a token
@@ -57,16 +51,16 @@ class Shard:
         self.seen = self._look()
         n_bytes = path.stat().st_size
         if n_bytes == 0:
-            raise DataError(f"{path}: empty; remove its folder and prepare it again")
+            raise UserError(f"{path}: empty; remove its folder and prepare it again")
         magic, version, n = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
         if magic == self.UINT32 and n_bytes == self.HEADER + 4 * n:
-            raise DataError(f"{path}: holds uint32 tokens, and uint16 are read here; prepare it with 65536 ids or fewer")
+            raise UserError(f"{path}: holds uint32 tokens, and uint16 are read here; prepare it with 65536 ids or fewer")
         headed = magic == self.UINT16 and version == 1 and n_bytes >= self.HEADER
         if headed and n_bytes != self.HEADER + TOKEN.itemsize * n:
             there = (n_bytes - self.HEADER) / TOKEN.itemsize
-            raise DataError(f"{path}: its header states {n} tokens, and {there:g} are there; get the file again")
+            raise UserError(f"{path}: its header states {n} tokens, and {there:g} are there; get the file again")
         if n_bytes % TOKEN.itemsize:
-            raise DataError(f"{path}: {n_bytes} bytes are no whole number of uint16 tokens; prepare it again")
+            raise UserError(f"{path}: {n_bytes} bytes are no whole number of uint16 tokens; prepare it again")
         # As a plain view: indexing a memmap is slower.
         self.tokens = np.asarray(np.memmap(path, TOKEN, mode="r"))[self.HEADER // TOKEN.itemsize if headed else 0 :]
 
@@ -88,23 +82,23 @@ class Bin:
     is the first input of the next.
 
     n_tokens, n_windows: how many there are; tokens past the last whole window are not used.
-    Raises DataError where there is no file, one that Shard refuses, less than a window, or not what meta.json states.
+    Raises UserError where there is no file, one that Shard refuses, less than a window, or not what meta.json states.
     """
 
     def __init__(self, path, seq_len: int, vocab_size: int):
         self.path, self.seq_len, self.vocab_size = Path(path), seq_len, vocab_size
         self.shards, meta = [Shard(file) for file in files(path)], load_meta(self.path.parent)
         if not self.shards:
-            raise DataError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         self.ends = np.cumsum([len(shard.tokens) for shard in self.shards])  # (files,): where in the stream each one ends
         self.n_tokens = int(self.ends[-1])
         stated = meta["splits"][self.path.stem]["tokens"] if meta else self.n_tokens
         if self.n_tokens != stated:
-            raise DataError(
+            raise UserError(
                 f"{path}: {self.n_tokens} tokens, but meta.json states {stated}; remove the folder and prepare it again"
             )
         if self.n_tokens < seq_len + 1:
-            raise DataError(
+            raise UserError(
                 f"{path}: {self.n_tokens} tokens are fewer than a window of seq_len + 1 = {seq_len + 1}; "
                 f"pass --seq_len={max(self.n_tokens - 1, 1)} or less, or prepare more text"
             )
@@ -114,7 +108,7 @@ class Bin:
     def windows(self, indices) -> np.ndarray:
         """Window numbers (B,) -> token ids (B, seq_len + 1) int64.
 
-        Raises DataError for an id >= vocab_size, and DataChanged where a file is not what it was.
+        Raises UserError for an id >= vocab_size, and DataChanged where a file is not what it was.
         """
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
         ids = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
@@ -125,7 +119,7 @@ class Bin:
         # Here and not on the device, where an embedding asked for too large an id aborts the whole process.
         if ids.size and ids.max() >= self.vocab_size:
             needs = max(ids.max() + 1, self.needs)
-            raise DataError(
+            raise UserError(
                 f"{self.path}: token id {ids.max()}, but vocab_size={self.vocab_size}; pass --vocab_size={needs} or more"
             )
         return ids
@@ -162,45 +156,6 @@ def window_indices(seed: int, start: int, count: int, n: int) -> np.ndarray:
     return windows
 
 
-def load_meta(folder) -> dict | None:
-    """The folder's meta.json; None where there is none. Raises DataError for one that data.prepare did not write."""
-    path = Path(folder) / "meta.json"
-    try:
-        meta = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as e:
-        raise DataError(f"{path}: not JSON ({e}); remove the folder and prepare it again") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise DataError(f"{path}: format {found}, expected {FORMAT} of data.prepare; remove the folder and prepare it again")
-    if wrong := _misfit(meta, META):
-        raise DataError(f"{path}: {wrong} is missing or of the wrong kind; remove the folder and prepare it again")
-    with contextlib.suppress(ValueError):
-        if meta["fingerprint"] == combined(meta["splits"]):
-            return meta
-    raise DataError(f"{path}: its fingerprint is not that of its splits; remove the folder and prepare it again")
-
-
-def combined(splits: dict) -> str:
-    """The fingerprint of a dataset: a hash of its splits' hashes."""
-    digests = b"".join(bytes.fromhex(splits[s]["blake2b"]) for s in SPLITS)
-    return hashlib.blake2b(digests, digest_size=16).hexdigest()
-
-
-def _misfit(value, shape) -> str | None:
-    """The first entry of nested dicts that is not of the type that `shape` has in its place, by its name."""
-    if not isinstance(shape, dict):
-        return None if type(value) is shape else ""
-    if not isinstance(value, dict):
-        return ""
-    for name, below in shape.items():
-        wrong = _misfit(value.get(name), below)
-        if wrong is not None:
-            return f"{name}.{wrong}" if wrong else name
-    return None
-
-
 def fingerprint(folder) -> str:
     """What tells this dataset from another: a hash of all tokens, from meta.json where there is one.
 
@@ -226,22 +181,22 @@ def batch(path: Path, step: int, config: Path | None):
 
     path: a run directory, whose config.json tells the rest, or a data folder; config: a config.json, or a config's .py file.
     """
-    from data import vocab
-    from runtime.config import from_dict, load  # what a run's config means is said there alone
+
+    from config import from_dict, load  # what a run's config means is said there alone
 
     source = config or path / "config.json"
     if not source.exists():
-        raise DataError(f"{source}: not found; name a run directory, or a data folder and its --config")
+        raise UserError(f"{source}: not found; name a run directory, or a data folder and its --config")
     try:
         c = load([str(source)]) if source.suffix == ".py" else from_dict(json.loads(source.read_bytes()))
     except ValueError as e:
-        raise DataError(f"{source}: {e}") from None
+        raise UserError(f"{source}: {e}") from None
     if step < 1:
-        raise DataError(f"--step={step}: updates count from 1")
+        raise UserError(f"--step={step}: updates count from 1")
     folder = path if files(path / "train.bin") else Path(c.data)
     data = Bin(folder / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
-    return windows, data.windows(windows), vocab.load(folder, c.vocab_size)
+    return windows, data.windows(windows), load_tokenizer(folder, c.vocab_size)
 
 
 def main(argv: list[str]) -> int:
@@ -252,13 +207,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", type=Path, metavar="CONFIG", help="config of a run; default: config.json in PATH")
     args = parser.parse_args(argv)
     try:
-        windows, ids, words = batch(args.path, args.step, args.config)
-    except (DataError, OSError) as e:
+        windows, ids, tokenizer = batch(args.path, args.step, args.config)
+    except (UserError, OSError) as e:
         print(e, file=sys.stderr)
         return 2
     with contextlib.suppress(BrokenPipeError):
         for i, (window, row) in enumerate(zip(windows, ids.tolist(), strict=True)):
-            print(f"sequence {i}, window {window}\nids  {' '.join(map(str, row))}\ntext {words.decode(row)!r}\n", flush=True)
+            print(
+                f"sequence {i}, window {window}\nids  {' '.join(map(str, row))}\ntext {tokenizer.decode(row)!r}\n", flush=True
+            )
     return 0
 
 

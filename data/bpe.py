@@ -5,8 +5,8 @@ import heapq
 import io
 import re
 
-from data.bins import DataError
-from data.vocab import HEX, sentencepiece
+from data.tokenizer import HEX, sentencepiece
+from errors import UserError
 
 SAMPLE_BYTES = 20_000_000  # of text that a tokenizer is trained on: more changes it little and takes longer
 PIECE_CHARS = 65536  # the sample is drawn in pieces of this many characters
@@ -19,10 +19,10 @@ def train_bpe(texts, vocab_size: int) -> bytes:
     and a character without a piece becomes its UTF-8 bytes. unk 0, bos 1, eos 2; the same texts give the same bytes.
     """
     if not 300 <= vocab_size <= 65536:
-        raise DataError(f"--vocab_size={vocab_size}: a bpe vocabulary has 300 to 65536 ids, 259 of them bytes and specials")
+        raise UserError(f"--vocab_size={vocab_size}: a bpe vocabulary has 300 to 65536 ids, 259 of them bytes and specials")
     model, lines = io.BytesIO(), [line for piece in _sample(texts) for line in piece.split("\n") if line]
     if not lines:
-        raise DataError("no text to train a tokenizer on")
+        raise UserError("no text to train a tokenizer on")
     try:
         sentencepiece().SentencePieceTrainer.train(
             # sentencepiece before 0.2.3 aborts the process on a required character that the text lacks.
@@ -50,7 +50,7 @@ def train_bpe(texts, vocab_size: int) -> bytes:
         if not limit:
             raise
         bound = f"yields at most {limit['most']}" if limit["most"] else f"needs at least {limit['least']}"
-        raise DataError(f"--vocab_size={vocab_size}: this text {bound} ids; or pass --tokenizer=bytes") from None
+        raise UserError(f"--vocab_size={vocab_size}: this text {bound} ids; or pass --tokenizer=bytes") from None
     return model.getvalue()
 
 

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from data.bins import DataError
+from errors import UserError
 
 try:
     import fcntl
@@ -63,7 +63,7 @@ class Wrong(Exception):
 def look(url: str, cache: Path | None = None) -> Remote:
     """Asks the server what it has, without the bytes; a file that is whole in `cache` needs no server.
 
-    Raises DataError where the server has nothing or cannot be reached.
+    Raises UserError where the server has nothing or cannot be reached.
     """
     if cache and (path := _place(Remote(url, None, None), cache, None).path).is_file():
         return Remote(url, path.stat().st_size, None)
@@ -98,7 +98,7 @@ def fetch(remote: Remote, cache: Path, limit: int | None = None, progress=None) 
 
     limit: only that many first bytes are wanted, and no hash can be checked. progress(n) is called now and then: n bytes are
     there.
-    Raises DataError, after RETRIES tries that brought nothing, for what cannot be had; OSErrors of the disk pass.
+    Raises UserError, after RETRIES tries that brought nothing, for what cannot be had; OSErrors of the disk pass.
     """
     place, progress = _place(remote, cache, limit), progress or (lambda n: None)
     if _is_there(place):
@@ -122,7 +122,7 @@ def fetch(remote: Remote, cache: Path, limit: int | None = None, progress=None) 
             os.replace(part, place.path)
             note.unlink(missing_ok=True)
             return place.path
-    raise DataError(f"{remote.url}: {wrong}, twice; the server's file is damaged, or changes: try later, or pass other --urls")
+    raise UserError(f"{remote.url}: {wrong}, twice; the server's file is damaged, or changes: try later, or pass other --urls")
 
 
 def _place(remote, cache, limit) -> Place:
@@ -197,7 +197,7 @@ def _patiently(url, attempt, done=lambda: 0):
         failures = 0 if done() > most else failures + 1
         most = max(most, done())
         if failures == RETRIES:
-            raise DataError(f"{url}: {trouble}, at {RETRIES} tries in a row; {AGAIN}")
+            raise UserError(f"{url}: {trouble}, at {RETRIES} tries in a row; {AGAIN}")
         time.sleep(trouble.wait or BACKOFF * 2 ** max(failures - 1, 0))
 
 
@@ -273,7 +273,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _open(url, method, headers=None):
-    """The response, redirects followed. Raises Trouble for what may be over at the next try, and DataError for the rest."""
+    """The response, redirects followed. Raises Trouble for what may be over at the next try, and UserError for the rest."""
     try:
         request = urllib.request.Request(url, headers=HEADERS | (headers or {}), method=method)
         return urllib.request.build_opener(_Redirects).open(request, timeout=TIMEOUT)
@@ -286,14 +286,14 @@ def _open(url, method, headers=None):
             wait = _number(e.headers.get("Retry-After"))
             raise Trouble(what, wait if wait is not None and wait <= LONGEST_WAIT else None) from None
         remedy = "check the name" if e.code == 404 else "open it in a browser to see why"
-        raise DataError(f"{url}: {what}; {remedy}, or pass other --urls") from None
+        raise UserError(f"{url}: {what}; {remedy}, or pass other --urls") from None
     except urllib.error.URLError as e:
         # A certificate that does not hold is an OSError and a ValueError at once.
         if not isinstance(e.reason, OSError) or isinstance(e.reason, ValueError):
-            raise DataError(f"{url}: {e.reason}; mend the address or the connection") from None
+            raise UserError(f"{url}: {e.reason}; mend the address or the connection") from None
         raise Trouble(_words(e.reason)) from None
     except (ValueError, http.client.InvalidURL) as e:
-        raise DataError(f"{url}: {e}; expected an address such as https://host/path") from None
+        raise UserError(f"{url}: {e}; expected an address such as https://host/path") from None
     except (OSError, http.client.HTTPException) as e:
         raise Trouble(_words(e)) from None
 

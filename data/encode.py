@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import vocab
-from data.bins import SPLITS, TOKEN, DataError
+from data.meta import SPLITS, TOKEN
 from data.readers import Document
 from data.sources import Part
+from data.tokenizer import Tokenizer, tokenizer_from_state
+from errors import UserError
 
 BATCH = 2**20  # characters of text in a batch, about: as many as make sending it cheap
 AHEAD = 3  # batches out per process, so that none waits
@@ -75,9 +76,9 @@ def batches(parts: list[Part], part: int, taken: int, full: Callable[[str], bool
             yield Batch(held, *last, group)
 
 
-def encode(words: vocab.Vocab, documents: list[Document], val_fraction: float, seed: int) -> Encoded:
+def encode(tokenizer: Tokenizer, documents: list[Document], val_fraction: float, seed: int) -> Encoded:
     """The documents as ids; each is held out to validate on where its text's split_place() is below val_fraction."""
-    pieces, out, bos = {split: [] for split in SPLITS}, Encoded({}), np.array([words.bos], TOKEN)
+    pieces, out, bos = {split: [] for split in SPLITS}, Encoded({}), np.array([tokenizer.bos], TOKEN)
     for document in documents:
         text = document.text
         if not text:
@@ -88,12 +89,12 @@ def encode(words: vocab.Vocab, documents: list[Document], val_fraction: float, s
         data = text.encode()
         place = split_place(data, seed)
         split = "val" if place < val_fraction else "train"
-        ids = np.asarray(words.encode(text), TOKEN)
+        ids = np.asarray(tokenizer.encode(text), TOKEN)
         pieces[split] += bos, ids
         out.docs[split] += 1
         out.bytes[split] += len(data)
         out.lowest = min(out.lowest, place)
-        if change := words.altered(text, ids):
+        if change := tokenizer.altered(text, ids):
             out.altered[change] += 1
     out.ids = {split: np.concatenate([bos[:0], *pieces[split]]) for split in SPLITS}
     return out
@@ -106,7 +107,7 @@ def split_place(text: bytes, seed: int) -> float:
 
 
 def encode_all(
-    batches: Iterable[Batch], words: vocab.Vocab, val_fraction: float, seed: int, processes: int
+    batches: Iterable[Batch], tokenizer: Tokenizer, val_fraction: float, seed: int, processes: int
 ) -> Iterator[tuple[Batch, Encoded]]:
     """Each batch, without its documents, and what it became. One batch or one process is done here, with no other."""
     batches = iter(batches)
@@ -114,9 +115,9 @@ def encode_all(
     batches = itertools.chain(first, batches)
     if processes == 1 or len(first) < 2:
         for batch in batches:
-            yield batch._replace(documents=[]), encode(words, batch.documents, val_fraction, seed)
+            yield batch._replace(documents=[]), encode(tokenizer, batch.documents, val_fraction, seed)
         return
-    start = words.state(), val_fraction, seed
+    start = tokenizer.state(), val_fraction, seed
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, start)
     out = deque()
     try:
@@ -128,7 +129,7 @@ def encode_all(
         for batch, future in out:
             yield batch, future.result()
     except BrokenProcessPool:
-        raise DataError(
+        raise UserError(
             f"one of {processes} processes was killed, perhaps for want of memory; the same command goes on, "
             f"with --processes={max(processes // 2, 1)} if it happens again"
         ) from None
@@ -141,9 +142,9 @@ def _begin(state, val_fraction, seed):
     global _encode_with
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    _encode_with = vocab.from_state(state), val_fraction, seed
+    _encode_with = tokenizer_from_state(state), val_fraction, seed
 
 
 def _encode(documents):
-    words, val_fraction, seed = _encode_with
-    return encode(words, documents, val_fraction, seed)
+    tokenizer, val_fraction, seed = _encode_with
+    return encode(tokenizer, documents, val_fraction, seed)

@@ -19,43 +19,45 @@ import platform
 import sys
 from pathlib import Path
 
-from data import bpe, sources, vocab
-from data.adopt import adopt
-from data.bins import SPLITS, DataError, load_meta
+from data import bpe, sources
 from data.encode import batches, encode_all
-from data.tally import Tally
+from data.import_bins import import_bins
+from data.meta import SPLITS, load_meta
+from data.progress import Tally
+from data.tokenizer import Chars, SentencePiece, Tokenizer, get_tokenizer, tokenizer_to_meta
 from data.writer import Writer
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def prepare(argv: list[str]) -> Path:
-    """Does what the command line `argv` says and returns the dataset's folder. Raises DataError for a user's mistake."""
+    """Does what the command line `argv` says and returns the dataset's folder. Raises UserError for a user's mistake."""
     args, how = parse(argv)
     out = how["out"]
     if args["source"] == "from-bin":
-        adopt(out, args["tokenizer"])
+        import_bins(out, args["tokenizer"])
         return out
-    words = make_vocab(args)
-    if is_prepared(out, args, words):
+    tokenizer = make_vocab(args)
+    if is_prepared(out, args, tokenizer):
         print(f"{out}: already prepared with these arguments; remove the folder to make it anew")
         return out
 
     parts = SOURCES[args["source"]](args, how)
     listing = hashlib.blake2b(repr([(part.name, part.size) for part in parts]).encode(), digest_size=16).hexdigest()
     with Writer(out, key={"arguments": args, "parts": listing}) as writer:
-        words = words or trained_vocab(args["vocab_size"], parts, writer, f"{listing}.model")
-        writer.vocab_size = words.size
+        tokenizer = tokenizer or trained_vocab(args["vocab_size"], parts, writer, f"{listing}.model")
+        writer.vocab_size = tokenizer.size
         tally = Tally(args, parts, writer)
         source = batches(parts, tally.part, tally.taken, tally.full)
-        for batch, encoded in encode_all(source, words, args["val_fraction"], args["seed"], how["processes"]):
+        for batch, encoded in encode_all(source, tokenizer, args["val_fraction"], args["seed"], how["processes"]):
             tally.add(batch, encoded)
         tally.finish()
-        entry, files = vocab.to_meta(words)
+        entry, files = tokenizer_to_meta(tokenizer)
         meta = {
             "tokenizer": entry,
-            "bos_id": words.bos,
-            "eos_id": words.eos,
+            "bos_id": tokenizer.bos,
+            "eos_id": tokenizer.eos,
             "separator": "bos before each document",
             "dropped": tally.dropped,
             "altered": tally.altered,
@@ -63,7 +65,7 @@ def prepare(argv: list[str]) -> Path:
         }
         writer.commit(meta, files)
     sizes = ", ".join(f"{split} {writer.counts[split]['tokens']:,} tokens" for split in SPLITS)
-    print(f"{out}: {sizes}, vocab_size {words.size} ({words.kind})")
+    print(f"{out}: {sizes}, vocab_size {tokenizer.size} ({tokenizer.kind})")
     return out
 
 
@@ -99,7 +101,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message):
-        raise DataError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def share(text: str) -> tuple[str, float]:
@@ -170,30 +172,30 @@ def check(args: dict, how: dict):
     if args["source"] == "from-bin":
         return
     if not 0 < args["val_fraction"] < 1:
-        raise DataError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
+        raise UserError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
     for name, least in (("seed", 0), ("tokens", 0), ("processes", 1)):
         value = how.get(name, args.get(name, least))
         if value < least:
-            raise DataError(f"--{name}={value}: expected {least} or more")
+            raise UserError(f"--{name}={value}: expected {least} or more")
     tokenizer = args.get("tokenizer")
     if tokenizer == "bpe":
         args.setdefault("vocab_size", 2048)
     elif "vocab_size" in args:
-        raise DataError(f"--vocab_size={args['vocab_size']}: {tokenizer} has its own; add --tokenizer=bpe, or leave it out")
+        raise UserError(f"--vocab_size={args['vocab_size']}: {tokenizer} has its own; add --tokenizer=bpe, or leave it out")
     if tokenizer and Path(tokenizer).suffix:
         args["tokenizer"] = str(Path(tokenizer).resolve())
     if args["source"] == "redpajama":
         if not args["tokens"]:
-            raise DataError("--tokens=0: all of RedPajama is 2.7 TB; say how many tokens, such as --tokens=40e9")
+            raise UserError("--tokens=0: all of RedPajama is 2.7 TB; say how many tokens, such as --tokens=40e9")
         args["share"] = sources.SHARES | dict(args["share"])
         if not any(args["share"].values()):
-            raise DataError("--share: every source has weight 0")
+            raise UserError("--share: every source has weight 0")
     if "paths" in args:
         args["paths"] = [str(Path(path).resolve()) for path in args["paths"]]
         out = how["out"].resolve()
         for path in args["paths"]:
             if Path(path) in (out, *out.parents):
-                raise DataError(f"--out={out}: lies in {path}, which is read as text; name a folder outside it")
+                raise UserError(f"--out={out}: lies in {path}, which is read as text; name a folder outside it")
 
 
 def cores() -> int:
@@ -201,48 +203,48 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def is_prepared(out: Path, args: dict, words: vocab.Vocab | None) -> bool:
-    """Whether `out` holds this very dataset, whole. Raises DataError where it holds another one: nothing is written over."""
+def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:
+    """Whether `out` holds this very dataset, whole. Raises UserError where it holds another one: nothing is written over."""
     meta, bins = load_meta(out), {split: out / f"{split}.bin" for split in SPLITS}
     here = [name for name in ("train.bin", "val.bin", "tokenizer.model", "tokenizer.tiktoken") if (out / name).exists()]
     if meta is None and not here or (out / ".partial/journal.json").exists():
         return False
     if meta is None or meta["source"]["arguments"] != args:
         what = "a dataset made with other arguments" if meta else f"{here[0]} that data.prepare did not make"
-        raise DataError(f"{out}: holds {what}; pass another --out, or remove the folder")
-    if words and vocab.to_meta(words)[0] != meta["tokenizer"]:
-        raise DataError(
+        raise UserError(f"{out}: holds {what}; pass another --out, or remove the folder")
+    if tokenizer and tokenizer_to_meta(tokenizer)[0] != meta["tokenizer"]:
+        raise UserError(
             f"{out}: holds a dataset made with another {args['tokenizer']}; pass another --out, or remove the folder"
         )
     return all(path.exists() and path.stat().st_size == 2 * meta["splits"][split]["tokens"] for split, path in bins.items())
 
 
-def make_vocab(args: dict) -> vocab.Vocab | None:
+def make_vocab(args: dict) -> Tokenizer | None:
     """The vocabulary asked for; None where it is to be trained on the source."""
     if args["source"] == "repeats":
-        return vocab.Chars(args["alphabet"])
+        return Chars(args["alphabet"])
     if args["tokenizer"] == "bpe":
         return None
-    words = vocab.named(args["tokenizer"])
-    if not words.lossless:
+    tokenizer = get_tokenizer(args["tokenizer"])
+    if not tokenizer.lossless:
         print(f"note: {args['tokenizer']} changes text before it encodes it, so that it decodes to something else")
-    return words
+    return tokenizer
 
 
-def trained_vocab(size: int, parts, writer: Writer, name: str) -> vocab.Vocab:
+def trained_vocab(size: int, parts, writer: Writer, name: str) -> Tokenizer:
     """A bpe tokenizer trained on the source, kept under `name` for whoever goes on after a kill."""
     if (model := writer.kept(name)) is None:
         print(f"training a bpe tokenizer of {size} ids", flush=True)
         model = bpe.train_bpe((d.text for part in parts for d in part.read() if d.text), size)
         writer.keep(name, model)
-    return vocab.SentencePiece(model)
+    return SentencePiece(model)
 
 
 def main() -> int:
     """Exit status 0: done; 2: the user's mistake; 3: stopped by SIGINT; 4: the disk is full."""
     try:
         prepare(sys.argv[1:])
-    except DataError as e:
+    except UserError as e:
         print(e, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

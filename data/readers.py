@@ -1,6 +1,6 @@
 """Documents out of files: text, .jsonl (plain, .gz, .zst) and .parquet.
 
-A damaged file is a DataError. A document that is damaged, or lacks its text, is handed on without it and with the reason.
+A damaged file is a UserError. A document that is damaged, or lacks its text, is handed on without it and with the reason.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data.bins import DataError
+from errors import UserError
 
 LONG = 65536  # bytes; a longer file of plain text is cut into documents of about this length
 BLOCK = 2**16  # bytes read at a time: memory stays small, also where they are compressed a thousandfold
@@ -18,7 +18,7 @@ TOO_LONG = f"longer than {LONGEST // 2**20} MiB"
 FIRST = 100  # records: where none of so many has the field, it is the wrong field
 
 
-class Damaged(DataError):
+class Damaged(UserError):
     """A file that is not what its writer wrote."""
 
 
@@ -85,7 +85,7 @@ def _blocks(path: Path, name: str) -> Iterator[tuple[bytes, int]]:
 def _decompressed(path: Path, name: str, new, errors) -> Iterator[tuple[bytes, int]]:
     """The same of what is compressed; new() decompresses one member or frame, and a file may have several.
 
-    Raises DataError where one is damaged or cut: its beginning would pass for a whole file.
+    Raises UserError where one is damaged or cut: its beginning would pass for a whole file.
     """
     member, read = None, 0
     try:
@@ -154,7 +154,7 @@ def _parquet(path: Path, field: str, name: str) -> Iterator[tuple[Document, list
             names, rows, size = file.schema_arrow.names, max(file.metadata.num_rows, 1), path.stat().st_size
             number = 0
             if field not in names:
-                raise DataError(f"{name}: has no column {field!r}; it has: {', '.join(names)}; pass --field=NAME")
+                raise UserError(f"{name}: has no column {field!r}; it has: {', '.join(names)}; pass --field=NAME")
             for batch in file.iter_batches(batch_size=64, columns=[field]):
                 for cell in batch.column(0).cast(pyarrow.large_binary()):
                     number, data = number + 1, cell.as_py()
@@ -166,7 +166,7 @@ def _parquet(path: Path, field: str, name: str) -> Iterator[tuple[Document, list
 
 
 def _checked(documents: Iterator[tuple[Document, list]], field: str, name: str) -> Iterator[Document]:
-    """The documents. Raises DataError where none of the first has its text: the field has another name there."""
+    """The documents. Raises UserError where none of the first has its text: the field has another name there."""
     held, seen = [], set()
     for document, keys in documents:
         if held is not None:
@@ -175,7 +175,7 @@ def _checked(documents: Iterator[tuple[Document, list]], field: str, name: str) 
             if document.dropped == f"without {field}" and len(held) < FIRST:
                 continue
             if all(d.dropped == f"without {field}" for d in held):
-                raise DataError(
+                raise UserError(
                     f"{name}: none of its first {len(held)} records has the field {field!r}; "
                     f"they have: {', '.join(sorted(seen)[:20]) or 'none'}; pass --field=NAME"
                 )
@@ -191,4 +191,4 @@ def _extra(module: str, name: str):
         return __import__(module, fromlist=["_"])
     except ModuleNotFoundError:
         extra = module.split(".")[0]
-        raise DataError(f"{name}: reading it needs {extra}: pip install '.[data]'") from None
+        raise UserError(f"{name}: reading it needs {extra}: pip install '.[data]'") from None

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data import download, readers
-from data.bins import DataError
 from data.readers import Document
-from data.vocab import Chars
+from data.tokenizer import Chars
+from errors import UserError
 
 
 class Part(NamedTuple):
@@ -54,12 +54,12 @@ def text(paths, field: str = "text") -> list[Part]:
     """The files named, and every regular file below the folders named, hidden ones left out.
 
     field: what holds the text in .jsonl (also .gz, .zst) and .parquet files; all others are text themselves, see
-    readers.plain. Raises DataError for a path that does not exist.
+    readers.plain. Raises UserError for a path that does not exist.
     """
     found = []
     for path in map(Path, paths):
         if not path.exists():
-            raise DataError(f"{path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         found += _files(path) if path.is_dir() else [path]
     return [Part(str(file), file.stat().st_size, functools.partial(readers.read, file, field)) for file in found]
 
@@ -101,7 +101,7 @@ def corpus(name: str, cache: Path, out: Path, tokens=0, urls="", shares: dict | 
 
     tokens: about how many are wanted, 0 for all; urls: a file or URL with other URLs, one a line; shares: {source: weight} of
     redpajama, whose sources are folders in its URLs. Files of a source come by the hash of their URLs, so that a few of many
-    are spread over all. Raises DataError where the disk has not the room.
+    are spread over all. Raises UserError where the disk has not the room.
     """
     listed = _listed(urls or CORPORA[name], cache)
     parts, missing, total, thought = [], 0, 0, 0
@@ -132,7 +132,7 @@ def corpus(name: str, cache: Path, out: Path, tokens=0, urls="", shares: dict | 
 
 
 def _check_room(needs: dict[Path, int]):
-    """Raises DataError where a disk has less than the bytes needed in the folders on it."""
+    """Raises UserError where a disk has less than the bytes needed in the folders on it."""
     disks = {}
     for folder, n in needs.items():
         there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
@@ -140,7 +140,7 @@ def _check_room(needs: dict[Path, int]):
         on[1] += n
     for there, n in disks.values():
         if n > (free := shutil.disk_usage(there).free):
-            raise DataError(
+            raise UserError(
                 f"{there}: {free / 1e9:,.1f} GB free, but about {n / 1e9:,.1f} GB are needed; pass --cache or --out on another "
                 "disk, or --tokens=N"
             )
@@ -154,20 +154,20 @@ def _listed(urls, cache: Path) -> list[str]:
     if "://" in urls:
         path = download.fetch(download.look(urls, cache), cache)
     elif not path.is_file():
-        raise DataError(f"--urls={urls}: no such file")
+        raise UserError(f"--urls={urls}: no such file")
     found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     for url in found:
         if "://" not in url or _suffix(url) not in BYTES_PER_TOKEN:
-            raise DataError(f"{urls}: {url[:200]!r} is no URL of a {', '.join(readers.SUFFIXES)} file")
+            raise UserError(f"{urls}: {url[:200]!r} is no URL of a {', '.join(readers.SUFFIXES)} file")
     if not found:
-        raise DataError(f"{urls}: has no URLs")
+        raise UserError(f"{urls}: has no URLs")
     return found
 
 
 def _of(group: str, urls: list[str]) -> list[str]:
     found = [url for url in urls if f"/{group}/" in url]
     if not found:
-        raise DataError(f"no file of {group!r} among {len(urls)} URLs; pass --share {group}=0")
+        raise UserError(f"no file of {group!r} among {len(urls)} URLs; pass --share {group}=0")
     return sorted(found, key=lambda url: hashlib.blake2b(url.encode()).digest())
 
 
@@ -210,7 +210,7 @@ def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled
         (0 <= tiled <= 1, f"--tiled={tiled}: a share of the rows, 0 to 1"),
     ):
         if not ok:
-            raise DataError(knob)
+            raise UserError(knob)
     codes = np.array([ord(c) for c in Chars(alphabet).alphabet], dtype="<u4")
 
     def read():

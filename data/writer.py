@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.bins import FORMAT, SPLITS, TOKEN, DataError, combined
+from data.meta import FORMAT, SPLITS, TOKEN, combined
+from errors import UserError
 
 try:
     import fcntl
@@ -27,12 +28,12 @@ class Writer:
 
     key: what the dataset is made from, plain values. Where an unfinished one of the same key lies there, it is gone on with:
     counts and state are those of the last save(). Without any save() nothing is left of what was not committed.
-    Raises DataError where an unfinished one of another key lies there, or another process is writing it.
+    Raises UserError where an unfinished one of another key lies there, or another process is writing it.
     """
 
     def __init__(self, folder, vocab_size: int | None = None, key=None):
         if vocab_size is not None and not 1 <= vocab_size <= 65536:
-            raise DataError(f"vocab_size={vocab_size}: uint16 tokens hold 1 to 65536")
+            raise UserError(f"vocab_size={vocab_size}: uint16 tokens hold 1 to 65536")
         self.folder, self.partial, self.vocab_size, self.key = Path(folder), Path(folder) / ".partial", vocab_size, key
         self.counts = {split: {"tokens": 0, "docs": 0, "bytes": 0} for split in SPLITS}
         self.digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
@@ -67,7 +68,7 @@ class Writer:
             if fcntl:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(f"{self.folder}: another process is writing it; wait for it, or pass another --out") from None
+            raise UserError(f"{self.folder}: another process is writing it; wait for it, or pass another --out") from None
 
     def _go_on(self):
         """Counts and state as the journal has them, where there is one."""
@@ -76,7 +77,7 @@ class Writer:
         except FileNotFoundError:
             return
         if journal["key"] != json.loads(json.dumps(self.key)):
-            raise DataError(
+            raise UserError(
                 f"{self.partial}: an unfinished dataset of other arguments, or its source has changed since; "
                 "remove that folder, or pass another --out"
             )
@@ -89,7 +90,7 @@ class Writer:
             os.replace(self.folder / path.name, path)
         self.files[split] = file = open(path, "r+b" if self.state else "w+b")
         if file.seek(0, os.SEEK_END) < n_bytes:
-            raise DataError(f"{path}: shorter than its journal says; remove {self.partial} and begin anew")
+            raise UserError(f"{path}: shorter than its journal says; remove {self.partial} and begin anew")
         file.truncate(n_bytes)
         file.seek(0)
         while block := file.read(BLOCK):
@@ -98,12 +99,12 @@ class Writer:
     def add(self, split: str, ids, docs: int = 1, n_bytes: int = 0):
         """Appends documents: ids, a list or array of ints, of `docs` documents, from n_bytes bytes of text.
 
-        Raises DataError for an id outside 0..vocab_size-1, which the cast to uint16 would wrap without a word.
+        Raises UserError for an id outside 0..vocab_size-1, which the cast to uint16 would wrap without a word.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
-            raise DataError(f"{self.folder / split}.bin: token id {bad} is outside 0..{self.vocab_size - 1} (vocab_size - 1)")
+            raise UserError(f"{self.folder / split}.bin: token id {bad} is outside 0..{self.vocab_size - 1} (vocab_size - 1)")
         data = ids.astype(TOKEN).tobytes()
         self.files[split].write(data)
         self.digests[split].update(data)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from errors import UserError
 from measures.heads import fitting, repeated
 from model import Llama
-from runtime.config import ConfigError
 
 SUBSEQUENCE, RECALL_LENGTH = 384, 50  # of TransformerLens and of Aoyama et al.
 PASS, ROWS = 32768, 4096  # tokens a pass through the blocks, and through the head
@@ -31,7 +31,7 @@ def token_losses(model: Llama, windows: np.ndarray) -> np.ndarray:
 
 def _logits(model: Llama, x):
     """x (n, D) -> (n, V), of fp32 at least."""
-    logits = model.head(x)
+    logits = model.lm_head(x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -44,11 +44,11 @@ def induction_loss(model: Llama, ids, bos: int | None, samples: int = 32, seed: 
     s+2 .. 2s-1 of the 2s (from 0), which is [:, s+1:] of token_losses; `first` that over tokens 2 .. s-1, [:, 1:s-1], which
     are the same ids. Theirs takes 4 samples.
 
-    Raises ConfigError where three tokens twice do not fit the context.
+    Raises UserError where three tokens twice do not fit the context.
     """
     s = min(SUBSEQUENCE, model.config.seq_len // 2)
     if s < 3:
-        raise ConfigError(f"seq_len={model.config.seq_len}: too short for the induction loss, which takes 6 tokens at least")
+        raise UserError(f"seq_len={model.config.seq_len}: too short for the induction loss, which takes 6 tokens at least")
     tokens = repeated(ids, s, samples, seed, None)
     if bos is not None:
         tokens[:, 0] = bos
@@ -81,7 +81,7 @@ def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, s
     each is the first as often as the other, so that a model that knows nothing has accuracy 1/V and rank (V-1)/2; theirs
     counts the right one as the first of them. Theirs begins with r_0, without bos.
 
-    Raises ConfigError where two tokens twice do not fit the context.
+    Raises UserError where two tokens twice do not fit the context.
     """
     model.eval()
     ids = np.asarray(ids, dtype=np.int64)
@@ -108,13 +108,13 @@ def key_values(model: Llama, ids, bos: int | None, pairs: int = 16, samples: int
     share of keys of the second round after which the right value is the likeliest token.
 
     All tokens of a sample are distinct. Where copying needs one to go on with what came next, here each pair must be found
-    anew. Fewer pairs where the context or `ids` hold less; ConfigError where it does not hold two.
+    anew. Fewer pairs where the context or `ids` hold less; UserError where it does not hold two.
     """
     model.eval()
     ids, lead = np.asarray(ids, dtype=np.int64), int(bos is not None)
     n = min(pairs, fitting(model, 2 * pairs, bos) // 2, len(ids) // 2)
     if n < 2:
-        raise ConfigError(f"seq_len={model.config.seq_len}, {len(ids)} ids: too few for two pairs of a key and a value")
+        raise UserError(f"seq_len={model.config.seq_len}, {len(ids)} ids: too few for two pairs of a key and a value")
     rng = np.random.default_rng(seed)
     first = np.stack([rng.permutation(ids)[: 2 * n].reshape(n, 2) for _ in range(samples)])  # (samples, n, 2)
     second = np.stack([rng.permutation(rows) for rows in first])

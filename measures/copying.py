@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import vocab
-from measures.onset import interval
+from data.tokenizer import Tokenizer
+from errors import UserError
+from measures.statistics import interval
 from model import KVCache, Llama
-from runtime.config import ConfigError
 
 PREFIX, SUFFIX, SEQUENCES = 12, 6, 50
 K = (1, 2, 3, 4)
@@ -46,47 +46,45 @@ class CopyTest(NamedTuple):
         return hashlib.blake2b(what + self.contexts.astype("<i8").tobytes(), digest_size=6).hexdigest()
 
 
-def alphabet_ids(words: vocab.Vocab, name: str) -> np.ndarray:
+def alphabet_ids(tokenizer: Tokenizer, name: str) -> np.ndarray:
     """The ids that test tokens are drawn from.
 
     full: all but special ones; a number n: n of those, drawn with a fixed seed; hex16: the ids of the characters 0-9a-f
     (the paper's Figure 1), or 16 drawn ones where the vocabulary lacks them.
     """
-    ids = np.array([i for i in range(words.size) if i not in words.special])
+    ids = np.array([i for i in range(tokenizer.size) if i not in tokenizer.special])
     if name == "full":
         return ids
-    if name == "hex16" and words.hex_ids():
-        return np.array(words.hex_ids())
+    if name == "hex16" and tokenizer.hex_ids():
+        return np.array(tokenizer.hex_ids())
     n = 16 if name == "hex16" else int(name) if name.isdecimal() else 0
     if not 2 <= n <= len(ids):
-        raise ConfigError(
-            f"alphabet={name}: expected full, hex16 or a number from 2 to the {len(ids)} ids that are not special"
-        )
+        raise UserError(f"alphabet={name}: expected full, hex16 or a number from 2 to the {len(ids)} ids that are not special")
     return np.random.default_rng(n).permutation(ids)[:n]
 
 
-def make_test(words: vocab.Vocab, alphabet: str, seq_len: int, samples=500, seed=0, separator=False) -> CopyTest:
+def make_test(tokenizer: Tokenizer, alphabet: str, seq_len: int, samples=500, seed=0, separator=False) -> CopyTest:
     """The same samples for the same arguments. Within a sample all prefixes differ, and so do all suffixes.
 
     separator: puts the line end of the paper's Figure 1 after each sequence; where the vocabulary has none, the first id that
     is not special. Test tokens are then drawn from the others.
     """
-    ids, end = alphabet_ids(words, alphabet), None
+    ids, end = alphabet_ids(tokenizer, alphabet), None
     if separator:
-        line_end = [] if words.kind in ("chars", "ids") else list(words.encode("\n"))
-        end = int(line_end[-1]) if line_end else min(set(range(words.size)) - words.special)
+        line_end = [] if tokenizer.kind in ("chars", "ids") else list(tokenizer.encode("\n"))
+        end = int(line_end[-1]) if line_end else min(set(range(tokenizer.size)) - tokenizer.special)
         ids = ids[ids != end]
     each = PREFIX + SUFFIX + separator
-    room = seq_len - (words.bos is not None) - PREFIX - SUFFIX + 1
+    room = seq_len - (tokenizer.bos is not None) - PREFIX - SUFFIX + 1
     n = min(SEQUENCES, room // each)
     if n < 2:
         least = seq_len - room + 2 * each
-        raise ConfigError(f"seq_len={seq_len}: too short for the copy test, which takes {least} tokens at least")
+        raise UserError(f"seq_len={seq_len}: too short for the copy test, which takes {least} tokens at least")
     rng = np.random.default_rng([seed, len(ids)])
     contexts = rng.choice(ids, (samples, n, PREFIX + SUFFIX))
     while (again := np.flatnonzero([_repeats(c[:, :PREFIX]) or _repeats(c[:, PREFIX:]) for c in contexts])).size:
         contexts[again] = rng.choice(ids, (len(again), n, PREFIX + SUFFIX))
-    return CopyTest(contexts, list(range(4, n, 5) if n == SEQUENCES else range(n)), words.bos, end)
+    return CopyTest(contexts, list(range(4, n, 5) if n == SEQUENCES else range(n)), tokenizer.bos, end)
 
 
 def _repeats(rows: np.ndarray) -> bool:

@@ -8,8 +8,8 @@ value heads has the keys and values of head h // (H / Hkv).
 import numpy as np
 import torch
 
+from errors import UserError
 from model import Llama
-from runtime.config import ConfigError
 
 LENGTH = 100  # s of the paper's section 4
 OLSSON_LENGTH, OLSSON_TIMES, OLSSON_SAMPLES = 25, 4, 10
@@ -28,11 +28,11 @@ def repeated(ids, s: int, samples: int, seed: int, bos: int | None, times: int =
 
 
 def fitting(model: Llama, most: int, bos: int | None, times: int = 2) -> int:
-    """`most`, or the largest s for which bos and `times` * s tokens fit the context. Raises ConfigError if it is below 2."""
+    """`most`, or the largest s for which bos and `times` * s tokens fit the context. Raises UserError if it is below 2."""
     lead, seq_len = int(bos is not None), model.config.seq_len
     s = min(most, (seq_len - lead) // times)
     if s < 2:
-        raise ConfigError(
+        raise UserError(
             f"seq_len={seq_len}: too short for tokens that occur {times} times, which take {lead + 2 * times} at least"
         )
     return s
@@ -65,7 +65,7 @@ def pattern_scores(probs, s: int, lead: int = 0) -> dict:
 def attention_scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
     """pattern_scores of all heads, (n_layers, n_heads) each, in one pass; s = 100 or what fits the context.
 
-    Raises ConfigError where two tokens twice do not fit.
+    Raises UserError where two tokens twice do not fit.
     """
     model.eval()
     s = fitting(model, LENGTH, bos)
@@ -79,7 +79,7 @@ def prefix_matching(model: Llama, ids, bos: int | None, samples: int = OLSSON_SA
     occurrences, summed over these, and its mean over all tokens of copies 2 to 4. (n_layers, n_heads).
 
     Their appendix says the tokens before the earlier occurrences, and its erratum those after. Here all of `ids` are drawn,
-    with no trim of common and rare ones. Fewer than 25 where the context is short; ConfigError where 2 do not fit.
+    with no trim of common and rare ones. Fewer than 25 where the context is short; UserError where 2 do not fit.
     """
     model.eval()
     s, lead = fitting(model, OLSSON_LENGTH, bos, OLSSON_TIMES), int(bos is not None)
@@ -104,7 +104,7 @@ def ov_eigenvalues(model: Llama, folded: bool = False) -> np.ndarray:
     """
     c = model.config
     split = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-    embed, head = model.embed.weight.cpu(), model.head.weight.cpu()  # (V, D)
+    embed, head = model.embed.weight.cpu(), model.lm_head.weight.cpu()  # (V, D)
     core = sum(e.double().T @ u.double() for e, u in zip(embed.split(ROWS), head.split(ROWS), strict=True))  # (D, D)
     if folded:
         core = core * model.norm.cpu().double()

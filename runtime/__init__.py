@@ -1,1 +1,1 @@
-"""What a run needs that is not the run: settings, checkpoints, ranks, metrics, pictures."""
+"""What a run needs that is not the run: settings, checkpoints, ranks, metrics, plots."""

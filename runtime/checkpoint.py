@@ -5,7 +5,7 @@ step               how many updates were made
 optimizer          AdamW's moments, parameter number -> name -> tensor (absent from milestones: weights alone)
 config             every setting of the run by name
 data_fingerprint   which dataset it was trained on
-tokenizer          data.vocab's state, so that the file alone turns text into ids
+tokenizer          data.tokenizer's state, so that the file alone turns text into ids
 """
 
 import os
@@ -15,9 +15,7 @@ from pathlib import Path
 
 import torch
 
-
-class CheckpointError(ValueError):
-    """A file that cannot be used as a checkpoint. The message is one line."""
+from errors import UserError
 
 
 def save(path: Path, state: dict):
@@ -38,32 +36,32 @@ def save(path: Path, state: dict):
 
 
 def load(path, device="cpu") -> dict:
-    """The checkpoint at `path`: a file, or a run directory, which stands for its ckpt.pt. Raises CheckpointError."""
+    """The checkpoint at `path`: a file, or a run directory, which stands for its ckpt.pt. Raises UserError."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load alone accepts a flipped byte
         if damaged:
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong; use an older checkpoint")
+            raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong; use an older checkpoint")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; train one with: python train.py") from None
-    except CheckpointError:
+        raise UserError(f"{path}: no such checkpoint; train one with: python train.py") from None
+    except UserError:
         raise
     except Exception as e:  # whatever an arbitrary file can make zipfile and the unpickler say
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
+        raise UserError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
     kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
     state = state if isinstance(state, dict) else {}
     missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or state[name] is True]
     if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")
+        raise UserError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")
     return state
 
 
 def restore(path, state: dict, model, optimizer=None):
     """Puts a checkpoint's weights into the model, and its moments into the optimizer, whose settings stay its own. Raises
-    CheckpointError where they do not fit.
+    UserError where they do not fit.
     """
     try:
         model.load_state_dict(state["model"])
@@ -73,7 +71,7 @@ def restore(path, state: dict, model, optimizer=None):
                 moments = optimizer.state[p]
                 assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape and moments["step"].numel() == 1
     except Exception:  # whatever torch says of weights and moments of other shapes, names and kinds
-        raise CheckpointError(f"{path}: its weights or moments do not fit its own config") from None
+        raise UserError(f"{path}: its weights or moments do not fit its own config") from None
 
 
 def keep(folder: Path, step: int, n: int):

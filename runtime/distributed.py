@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.config import Config, ConfigError
+from config import Config
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device={name}: expected auto, cuda, mps or cpu") from None
+        raise UserError(f"device={name}: expected auto, cuda, mps or cpu") from None
     here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if not here.get(device.type, lambda: False)():
-        raise ConfigError(f"device={name}: this machine or this build of torch has none; use --device=cpu")
+        raise UserError(f"device={name}: this machine or this build of torch has none; use --device=cpu")
     if device.type == "cpu":
         keep_freed_memory()
     return device

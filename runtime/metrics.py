@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from runtime.config import ModelConfig
+from config import ModelConfig
 
 # Dense bf16 TFLOP/s by the makers' data sheets, by the part of the name that tells cards apart.
 PEAK_TFLOPS = {

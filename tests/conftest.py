@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.bpe import train_bpe
-from data.vocab import Chars, to_meta
+from data.tokenizer import Chars, tokenizer_to_meta
 from data.writer import Writer
 from tests.faults import TALLY
 
@@ -30,15 +30,15 @@ def pytest_terminal_summary(terminalreporter):
 
 def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):
     """A prepared folder of rows that each hold one random segment twice, bos before each: windows of `length`."""
-    words = Chars(alphabet)
+    tokenizer = Chars(alphabet)
     rng = np.random.default_rng(seed)
-    with Writer(folder, words.size) as writer:
+    with Writer(folder, tokenizer.size) as writer:
         for i in range(rows):
             segment = rng.integers(alphabet, size=length // 2)
-            row = np.concatenate(([words.bos], segment, segment))[:length]
+            row = np.concatenate(([tokenizer.bos], segment, segment))[:length]
             writer.add("val" if i % 8 == 0 else "train", row, n_bytes=length - 1)
-        entry, files = to_meta(words)
-        meta = {"tokenizer": entry, "bos_id": words.bos, "eos_id": None, "source": {"arguments": {}}}
+        entry, files = tokenizer_to_meta(tokenizer)
+        meta = {"tokenizer": entry, "bos_id": tokenizer.bos, "eos_id": None, "source": {"arguments": {}}}
         writer.commit(meta, files)
     return folder
 
@@ -60,8 +60,8 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus():
     rng = random.Random(0)
-    words = [("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))) for _ in range(200)]
-    return ["\n".join("    " * rng.randint(0, 3) + " ".join(rng.choices(words, k=8)) for _ in range(40)) for _ in range(20)]
+    tokenizer = [("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))) for _ in range(200)]
+    return ["\n".join("    " * rng.randint(0, 3) + " ".join(rng.choices(tokenizer, k=8)) for _ in range(40)) for _ in range(20)]
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def _train(settings, prepare):
     os.dup2(log, 1)
     os.dup2(log, 2)
     import train
-    from runtime.config import from_dict
+    from config import from_dict
 
     if prepare:
         prepare()

@@ -53,7 +53,7 @@ def induction_model(vocab_size, seq_len, bos=None):
     codes /= codes.norm(dim=1, keepdim=True)
     model.embed.weight[:, one] = 1
     model.embed.weight[:, room(0)] = codes
-    model.head.weight[:, room(K + 1)] = 20 * codes  # the token's own code has the largest scalar product
+    model.lm_head.weight[:, room(K + 1)] = 20 * codes  # the token's own code has the largest scalar product
     if bos is not None:
         model.embed.weight[bos, room(0)], model.embed.weight[bos, is_bos] = 0, 1
 

@@ -17,7 +17,7 @@ def reference_logits(state_dict, config, tokens, dtype=torch.float64):
             layer = {n.removeprefix(f"blocks.{i}."): v for n, v in w.items() if n.startswith(f"blocks.{i}.")}
             x = x + attention(norm(x, layer["attention_norm"], config), layer, config)
             x = x + feed_forward(norm(x, layer["mlp_norm"], config), layer)
-        rows.append(norm(x, w["norm"], config) @ w["head.weight"].T)
+        rows.append(norm(x, w["norm"], config) @ w["lm_head.weight"].T)
     return torch.stack(rows)
 
 

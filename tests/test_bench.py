@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import contenders, copying, ops, training
+from benchmarks import baselines, copying, ops, training
+from config import ROOT, Config, load
+from errors import UserError
 from kernels import eager
 from model import Llama
-from runtime.config import ROOT, Config, ConfigError, load
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=65, seq_len=16, batch_size=4)
 EAGER = ["--device=cpu", "--kernels=eager", "--compile=off"]
@@ -22,7 +23,7 @@ ARGV = [str(ROOT / "configs/tiny.py"), *EAGER, *(f"--{k}={v}" for k, v in SHAPE.
 def test_the_plain_model_is_the_same_function(kv):
     c = Config(**(SHAPE | dict(n_kv_heads=kv)))
     torch.manual_seed(0)
-    ours, plain = Llama(c.model(), eager, torch.float64).double(), contenders.PlainLlama(c).double()
+    ours, plain = Llama(c.model(), eager, torch.float64).double(), baselines.PlainLlama(c).double()
     plain.cos, plain.sin = ours.cos.double(), ours.sin.double()
     copy_weights(ours, plain)
     tokens = torch.randint(65, (2, 17))
@@ -33,7 +34,7 @@ def test_the_plain_model_is_the_same_function(kv):
 @torch.no_grad()
 def copy_weights(ours, plain):
     plain.embed.weight.copy_(ours.embed.weight)
-    plain.head.weight.copy_(ours.head.weight)
+    plain.lm_head.weight.copy_(ours.lm_head.weight)
     for a, b in zip(ours.blocks, plain.blocks, strict=True):
         rows = [w.weight.shape[0] for w in (b.q, b.k, b.v)]
         for w, part in zip((b.q, b.k, b.v), a.attention.wqkv.weight.split(rows), strict=True):
@@ -47,9 +48,9 @@ def copy_weights(ours, plain):
 def test_hugging_face_has_the_same_shape():
     pytest.importorskip("transformers", reason="transformers is not among the test dependencies")
     c = Config(**SHAPE)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (Llama(c.model(), eager), contenders.CONTENDERS["hf"](c))]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (Llama(c.model(), eager), baselines.BASELINES["hf"](c))]
     assert sizes[0] == sizes[1]
-    assert isinstance(contenders.CONTENDERS["hf"](c)(torch.zeros(1, 8, dtype=torch.int64), None), torch.Tensor)
+    assert isinstance(baselines.BASELINES["hf"](c)(torch.zeros(1, 8, dtype=torch.int64), None), torch.Tensor)
 
 
 def test_each_kernel_of_a_step_has_its_part():
@@ -118,7 +119,7 @@ def test_a_run_is_timed_until_it_copies(dataset, monkeypatch):
     assert found["0.0"]["tokens"] == 2 * 4 * 96 and 0.5 < found["0.0"]["seconds"] < 120
     found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in (shape | dict(max_steps=2)).items())], until=1.1)
     assert found["1.1"] is None and found["0.0"]["step"] == 2
-    with pytest.raises(ConfigError, match="no such setting"):
+    with pytest.raises(UserError, match="no such setting"):
         copying.time_to_copy([*argv, "--lr=1"], until=0.0)
 
 

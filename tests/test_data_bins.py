@@ -3,7 +3,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from data.bins import Bin, DataError, fingerprint, load_meta, order, window_indices
+from data.bins import Bin, fingerprint, order, window_indices
+from data.meta import load_meta
+from errors import UserError
 from tests.test_data_writer import write
 
 
@@ -61,7 +63,7 @@ def test_windows_are_the_tokens_in_their_place_and_share_one_with_the_next(tmp_p
 def test_seq_len_plus_one_tokens_are_one_window_and_seq_len_tokens_are_an_error(tmp_path):
     bin = Bin(plain(tmp_path / "train.bin", range(9)), seq_len=8, vocab_size=9)
     assert bin.n_windows == 1 and bin.windows([0]).tolist() == [list(range(9))]
-    with pytest.raises(DataError, match=r"8 tokens are fewer .* 9; pass --seq_len=7"):
+    with pytest.raises(UserError, match=r"8 tokens are fewer .* 9; pass --seq_len=7"):
         Bin(plain(tmp_path / "train.bin", range(8)), seq_len=8, vocab_size=9)
     assert Bin(tmp_path / "train.bin", seq_len=7, vocab_size=9).n_windows == 1
 
@@ -83,10 +85,10 @@ def test_every_uint16_survives_the_round_trip(tmp_path):
 def test_reader_refuses_an_id_beyond_the_vocabulary_and_names_the_size_that_fits(tmp_path):
     bin = Bin(plain(tmp_path / "train.bin", [1, 2, 3, 256, 4, 5]), seq_len=2, vocab_size=256)
     assert bin.windows([0]).tolist() == [[1, 2, 3]]
-    with pytest.raises(DataError, match=r"train.bin: token id 256, .*vocab_size=256; pass --vocab_size=257"):
+    with pytest.raises(UserError, match=r"train.bin: token id 256, .*vocab_size=256; pass --vocab_size=257"):
         bin.windows([0, 1])
     write(tmp_path, [1, 2, 3, 256, 4, 5], vocab_size=2048)
-    with pytest.raises(DataError, match="pass --vocab_size=2048"):
+    with pytest.raises(UserError, match="pass --vocab_size=2048"):
         Bin(tmp_path / "train.bin", seq_len=2, vocab_size=256).windows([1])
 
 
@@ -95,7 +97,7 @@ def test_unusable_files_are_named_in_one_line(tmp_path):
     for content, message in ((None, "no such file"), (b"", "empty"), (b"123", "3 bytes")):
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(DataError, match=message) as e:
+        with pytest.raises(UserError, match=message) as e:
             Bin(path, 1, 10)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
 
@@ -104,14 +106,14 @@ def test_unusable_files_are_named_in_one_line(tmp_path):
 def test_a_bin_that_is_not_of_the_size_in_meta_is_refused(tmp_path, n):
     write(tmp_path, range(100))
     plain(tmp_path / "train.bin", range(n))
-    with pytest.raises(DataError, match=f"{n} tokens, but meta.json states 100"):
+    with pytest.raises(UserError, match=f"{n} tokens, but meta.json states 100"):
         Bin(tmp_path / "train.bin", 8, 1000)
 
 
 def test_a_meta_json_that_is_not_ours_is_refused(tmp_path):
     for content in ("{", "[]", "{}", '{"format": 99}'):
         (tmp_path / "meta.json").write_text(content)
-        with pytest.raises(DataError, match="meta.json"):
+        with pytest.raises(UserError, match="meta.json"):
             load_meta(tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_a_header_that_is_not_that_of_its_file_is_refused(tmp_path):
         (headed(tmp_path / "b.bin", range(100), stated=99), "header states 99 tokens, and 100 are there"),
         (headed(tmp_path / "c.bin", range(100), magic=20240801, version=7, dtype="<u4"), "uint32"),
     ):
-        with pytest.raises(DataError, match=message) as e:
+        with pytest.raises(UserError, match=message) as e:
             Bin(path, 8, 1000)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
 

@@ -1,37 +1,37 @@
 import pytest
 
 from data import bpe as training
-from data import vocab
-from data.bins import DataError
 from data.bpe import train_bpe
+from data.tokenizer import SentencePiece
+from errors import UserError
 
 
 def test_bpe_is_deterministic_and_has_the_size_asked_for(corpus, bpe):
-    words = vocab.SentencePiece(bpe)
+    tokenizer = SentencePiece(bpe)
     assert train_bpe(iter(corpus), 500) == bpe
     assert train_bpe(reversed(corpus), 500) == bpe
-    assert (words.size, words.bos, words.eos, words.special) == (500, 1, 2, {0, 1, 2})
+    assert (tokenizer.size, tokenizer.bos, tokenizer.eos, tokenizer.special) == (500, 1, 2, {0, 1, 2})
 
 
 def test_bpe_merges_words_and_indentation_and_splits_digits(corpus, bpe):
-    words = vocab.SentencePiece(bpe)
-    assert len(words.encode(corpus[0])) < len(corpus[0]) / 1.5
-    assert len(words.encode("        ")) < 4
-    assert len(words.encode("1234")) == 4
+    tokenizer = SentencePiece(bpe)
+    assert len(tokenizer.encode(corpus[0])) < len(corpus[0]) / 1.5
+    assert len(tokenizer.encode("        ")) < 4
+    assert len(tokenizer.encode("1234")) == 4
 
 
 def test_bpe_sizes_that_cannot_be_are_refused_with_the_bound(corpus):
     for size in (299, 65537):
-        with pytest.raises(DataError, match=f"--vocab_size={size}: .* 300 to 65536"):
+        with pytest.raises(UserError, match=f"--vocab_size={size}: .* 300 to 65536"):
             train_bpe(corpus, size)
-    with pytest.raises(DataError, match=r"--vocab_size=9000: .* at most \d+ ids") as e:
+    with pytest.raises(UserError, match=r"--vocab_size=9000: .* at most \d+ ids") as e:
         train_bpe(corpus, 9000)
     most = int(str(e.value).split("at most ")[1].split()[0])
-    assert vocab.SentencePiece(train_bpe(corpus, most)).size == most
-    with pytest.raises(DataError, match=r"--vocab_size=400: .* at least \d+ ids"):
+    assert SentencePiece(train_bpe(corpus, most)).size == most
+    with pytest.raises(UserError, match=r"--vocab_size=400: .* at least \d+ ids"):
         train_bpe(["".join(chr(0x4E00 + i) for i in range(1000))], 400)
     for nothing in ([], ["", "\n\n"]):
-        with pytest.raises(DataError, match="no text"):
+        with pytest.raises(UserError, match="no text"):
             train_bpe(nothing, 400)
 
 

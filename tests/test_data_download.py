@@ -15,9 +15,9 @@ import time
 import pytest
 
 from data import download
-from data.bins import DataError
 from data.download import Remote, fetch, look, missing
 from data.prepare import ROOT
+from errors import UserError
 from tests.server import (
     Server,
     blind_to_if_range,
@@ -74,7 +74,7 @@ def names(cache):
 
 def refused(*args, **kwargs) -> str:
     """What fetch says of what cannot be had."""
-    with pytest.raises(DataError) as e:
+    with pytest.raises(UserError) as e:
         fetch(*args, **kwargs)
     assert "\n" not in str(e.value) and "\n" not in repr(e.value.args)
     assert str(e.value).startswith(args[0].url)
@@ -304,10 +304,10 @@ def test_other_refusals_are_final_and_leave_nothing(server, remote, tmp_path, co
 
 def test_look_retries_as_fetch_does(server, waits):
     server.redirects[PATH] = (503, "", {})
-    with pytest.raises(DataError, match=f"{PATH}: 503 Service Unavailable, at 5 tries"):
+    with pytest.raises(UserError, match=f"{PATH}: 503 Service Unavailable, at 5 tries"):
         look(server.url(PATH))
     assert len(server.asked) == 5 and waits == [download.BACKOFF * 2**i for i in range(4)]
-    with pytest.raises(DataError, match="/none: 404 Not Found; check the name"):
+    with pytest.raises(UserError, match="/none: 404 Not Found; check the name"):
         look(server.url("/none"))
     assert len(server.asked) == 6
 

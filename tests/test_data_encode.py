@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import encode, vocab
-from data.bins import DataError
+from data import encode
 from data.encode import batches, encode_all
 from data.readers import Document
 from data.sources import Part
+from data.tokenizer import Bytes
+from errors import UserError
 
 
 def part(name, texts, group=""):
@@ -61,7 +62,7 @@ def test_encoding_counts_what_it_writes_and_what_it_leaves_out():
         Document("1", "one"), Document("2", ""), Document("3", None, "undecodable"), Document("4", None, "undecodable"),
         Document("5", "two 🙂"), Document("6", None, "not JSON"),
     ]  # fmt: skip
-    out = encode.encode(vocab.Bytes(), documents, 0.0, 0)
+    out = encode.encode(Bytes(), documents, 0.0, 0)
     assert out.ids["train"].tolist() == [256, *b"one", 256, *"two 🙂".encode()] and out.ids["train"].dtype == np.uint16
     assert out.ids["val"].size == 0 and out.docs == {"train": 2} and out.bytes == {"train": 3 + 8}
     assert out.dropped == {"empty": 1, "undecodable": 2, "not JSON": 1}
@@ -71,11 +72,11 @@ def test_encoding_counts_what_it_writes_and_what_it_leaves_out():
 
 def test_a_document_is_held_out_by_its_text_alone():
     texts = [f"text {i}" for i in range(1000)]
-    out = encode.encode(vocab.Bytes(), [Document("", text) for text in texts], 0.2, 0)
+    out = encode.encode(Bytes(), [Document("", text) for text in texts], 0.2, 0)
     held = {text for text in texts if encode.split_place(text.encode(), 0) < 0.2}
     assert 150 < len(held) == out.docs["val"] < 250
     for order in (reversed(texts), sorted(texts, key=lambda text: text[::-1])):
-        again = encode.encode(vocab.Bytes(), [Document("", text) for text in order], 0.2, 0)
+        again = encode.encode(Bytes(), [Document("", text) for text in order], 0.2, 0)
         assert again.docs == out.docs and sorted(again.ids["val"]) == sorted(out.ids["val"])
 
 
@@ -84,15 +85,15 @@ def plain(pairs):
 
 
 def test_any_number_of_processes_gives_the_same_in_the_same_order():
-    one = plain(encode_all(batches(PARTS, 0, 0, never), vocab.Bytes(), 0.1, 3, processes=1))
+    one = plain(encode_all(batches(PARTS, 0, 0, never), Bytes(), 0.1, 3, processes=1))
     assert len(one) > 10
-    assert plain(encode_all(batches(PARTS, 0, 0, never), vocab.Bytes(), 0.1, 3, processes=3)) == one
+    assert plain(encode_all(batches(PARTS, 0, 0, never), Bytes(), 0.1, 3, processes=3)) == one
 
 
 def test_the_source_is_not_read_far_ahead_of_what_is_encoded():
     read = []
     endless = Part("e", 0, lambda: (read.append(i) or Document(str(i), "x" * 1000) for i in itertools.count()))
-    pairs = encode_all(batches([endless], 0, 0, never), vocab.Bytes(), 0.1, 0, processes=2)
+    pairs = encode_all(batches([endless], 0, 0, never), Bytes(), 0.1, 0, processes=2)
     for _ in range(20):
         next(pairs)
     pairs.close()
@@ -100,21 +101,22 @@ def test_the_source_is_not_read_far_ahead_of_what_is_encoded():
 
 
 def test_a_process_that_is_killed_is_one_line():
-    pairs = encode_all(batches(PARTS * 50, 0, 0, never), vocab.Bytes(), 0.1, 0, processes=2)
+    pairs = encode_all(batches(PARTS * 50, 0, 0, never), Bytes(), 0.1, 0, processes=2)
     next(pairs)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="one of 2 processes was killed.*--processes=1"):
+    with pytest.raises(UserError, match="one of 2 processes was killed.*--processes=1"):
         list(pairs)
 
 
 def test_where_the_parent_is_killed_its_processes_go_too():
     code = """
 import itertools, multiprocessing, os, signal
-from data import encode, vocab
+from data import encode
 from tests.test_data_encode import PARTS, never
+from data.tokenizer import Bytes
 encode.BATCH = 1000
-pairs = encode.encode_all(encode.batches(PARTS * 50, 0, 0, never), vocab.Bytes(), 0.1, 0, processes=2)
+pairs = encode.encode_all(encode.batches(PARTS * 50, 0, 0, never), Bytes(), 0.1, 0, processes=2)
 next(pairs)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

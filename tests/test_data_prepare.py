@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import encode, sources, vocab
-from data.bins import SPLITS, Bin, DataError, load_meta
+from data import encode, sources
+from data.bins import Bin
+from data.meta import SPLITS, load_meta
 from data.prepare import ROOT, parse, prepare
-from tests.test_data_vocab import ANY_TEXT, NASTY, TOKENS, ranks, repeatable
+from data.tokenizer import Bytes, SentencePiece, Tiktoken, load_tokenizer
+from errors import UserError
+from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks, repeatable
 
 GPT = ranks(TOKENS)
 
@@ -26,11 +29,11 @@ def run(*argv):
 
 def documents(folder):
     """{split: [text of each document]}, read back from the bins."""
-    words, found = vocab.load(folder), {}
+    tokenizer, found = load_tokenizer(folder), {}
     for split in SPLITS:
         ids = np.fromfile(folder / f"{split}.bin", dtype="<u2")
-        assert ids[0] == words.bos
-        found[split] = [words.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == words.bos)[1:])]
+        assert ids[0] == tokenizer.bos
+        found[split] = [tokenizer.decode(part[1:]) for part in np.split(ids, np.flatnonzero(ids == tokenizer.bos)[1:])]
     return found
 
 
@@ -68,7 +71,7 @@ def test_bins_hold_the_documents_of_the_files(folder, tmp_path, options):
         stated = meta["splits"][split]
         assert (stated["docs"], stated["bytes"]) == (len(found[split]), sum(len(t.encode()) for t in found[split]))
         assert stated["tokens"] * 2 == (out / f"{split}.bin").stat().st_size
-    assert meta["bos_id"] == vocab.load(out).bos and meta["vocab_size"] == vocab.load(out).size
+    assert meta["bos_id"] == load_tokenizer(out).bos and meta["vocab_size"] == load_tokenizer(out).size
 
 
 def test_preparing_twice_gives_the_same_bytes(folder, tmp_path):
@@ -142,7 +145,7 @@ def test_repeats_are_a_function_of_their_knobs():
     "knob", ["length=1", "rows=0", "span_min=0", "span_min=65", "tiled=1.5", "alphabet=0", "alphabet=99999"]
 )
 def test_knobs_that_cannot_be_are_refused_by_name(tmp_path, knob):
-    with pytest.raises(DataError, match=f"--{knob}"):
+    with pytest.raises(UserError, match=f"--{knob}"):
         prepare(["repeats", f"--{knob}", f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 
@@ -183,7 +186,7 @@ def test_other_arguments_are_refused_and_nothing_is_written_over(tmp_path):
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model"])
 def test_files_of_another_program_are_not_written_over(tmp_path, name):
     (tmp_path / name).write_bytes(b"\1\0")
-    with pytest.raises(DataError, match=f"{name} that data.prepare did not make"):
+    with pytest.raises(UserError, match=f"{name} that data.prepare did not make"):
         prepare(["repeats", f"--out={tmp_path}"])
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -203,10 +206,10 @@ def test_a_split_without_documents_is_refused_with_a_fraction_that_works(tmp_pat
     for i in range(4):
         (tmp_path / "in" / f"{i}.txt").write_text(f"text {i}")
     argv = ["text", str(tmp_path / "in"), f"--out={tmp_path / 'out'}"]
-    with pytest.raises(DataError, match="pass --val_fraction=") as e:
+    with pytest.raises(UserError, match="pass --val_fraction=") as e:
         prepare([*argv, "--val_fraction=0.0001"])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match="train.bin would be empty"):
+    with pytest.raises(UserError, match="train.bin would be empty"):
         prepare([*argv, "--val_fraction=0.9999"])
     out = prepare([*argv, str(e.value).split()[-1]])
     assert load_meta(out)["splits"]["val"]["docs"] >= 1
@@ -216,13 +219,13 @@ def test_one_short_file_and_no_text_at_all_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text("one")
     (tmp_path / "empty.txt").write_text("")
     for name, message in (("one.txt", "one document"), ("empty.txt", "no documents; left out: 1 empty")):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare(["text", str(tmp_path / name), f"--out={tmp_path / 'out'}"])
 
 
 def test_a_named_file_is_read_even_if_hidden_and_a_missing_one_is_named(folder):
     assert texts(sources.text([folder / ".hidden", folder / "latin.txt"])) == ["hidden", None]
-    with pytest.raises(DataError, match="nowhere.txt: no such file"):
+    with pytest.raises(UserError, match="nowhere.txt: no such file"):
         sources.text([folder / "nowhere.txt"])
 
 
@@ -244,17 +247,17 @@ def test_a_source_takes_its_own_options_only():
         ["nowhere"],
         [],
     ):
-        with pytest.raises(DataError, match="--help"):
+        with pytest.raises(UserError, match="--help"):
             parse(argv)
     for argv in (["python-stdlib", "--vocab_size=500"], ["repeats", "--val_fraction=0"], ["repeats", "--seed=-1"]):
-        with pytest.raises(DataError, match=argv[1]):
+        with pytest.raises(UserError, match=argv[1]):
             parse(argv)
 
 
 def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(folder):
     assert parse(["repeats"])[1]["out"] == ROOT / "data/repeats"
     for out in (folder, folder / "bins"):
-        with pytest.raises(DataError, match="which is read as text"):
+        with pytest.raises(UserError, match="which is read as text"):
             parse(["text", str(folder), f"--out={out}"])
 
 
@@ -291,9 +294,9 @@ def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from data import encode, prepare, tally
-encode.BATCH, tally.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
-save = tally.Tally.save
+from data import encode, prepare, progress
+encode.BATCH, progress.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
+save = progress.Tally.save
 def save_and_die(self):
     global left
     if left % 2:  # half of the deaths come between the bins and their journal
@@ -303,7 +306,7 @@ def save_and_die(self):
         os.kill(os.getpid(), signal.SIGKILL)
     if left % 2 == 0:
         save(self)
-tally.Tally.save = save_and_die
+progress.Tally.save = save_and_die
 prepare.prepare(sys.argv[2:])
 """
 
@@ -329,7 +332,7 @@ def test_a_source_that_changed_under_an_unfinished_dataset_is_not_glued_to_it(fo
     argv = ["text", str(folder), "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
     subprocess.run([sys.executable, "-c", KILLED, "5", *argv], cwd=ROOT, capture_output=True)
     (folder / "0.txt").write_text("longer than before, so that it is seen")
-    with pytest.raises(DataError, match="its source has changed since; remove that folder"):
+    with pytest.raises(UserError, match="its source has changed since; remove that folder"):
         prepare(argv)
 
 
@@ -366,7 +369,7 @@ def test_a_tokenizer_that_changed_under_a_dataset_is_seen(folder, tmp_path):
         assert (out / f"{split}.bin").read_bytes() == (first / f"{split}.bin").read_bytes()
     assert (out / "tokenizer.model").read_bytes() == model.read_bytes() and prepare(argv) == out
     model.write_bytes((second / "tokenizer.model").read_bytes())
-    with pytest.raises(DataError, match="made with another .*t.model"):
+    with pytest.raises(UserError, match="made with another .*t.model"):
         prepare(argv)
 
 
@@ -386,7 +389,7 @@ def test_the_bins_decode_to_the_documents_and_what_does_not_is_counted(tmp_path,
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = prepare(["text", str(tmp_path / "a.jsonl"), "--val_fraction=0.2", f"--out={tmp_path / 'out'}", *tokenizer])
     found, altered = sum(documents(out).values(), []), load_meta(out)["altered"]
-    blocks = 0 if vocab.load(out).kind != "sentencepiece" else 60
+    blocks = 0 if load_tokenizer(out).kind != "sentencepiece" else 60
     assert altered == ({"holds U+2581, which becomes a space": 60} if blocks else {})
     assert sorted(found) == sorted(line["text"].replace("\u2581", " " if blocks else "\u2581") for line in lines)
     assert ("note: 60 documents do not decode to their text" in capsys.readouterr().out) == bool(blocks)
@@ -396,10 +399,14 @@ def test_the_bins_decode_to_the_documents_and_what_does_not_is_counted(tmp_path,
 @repeatable
 @given(texts=st.lists(ANY_TEXT, max_size=20))
 def test_whatever_the_documents_encoding_keeps_each_or_counts_it(bpe, kind, texts):
-    words = {"bytes": vocab.Bytes, "sentencepiece": lambda: vocab.SentencePiece(bpe), "tiktoken": lambda: vocab.Tiktoken(GPT)}
-    words = words[kind]()
-    out = encode.encode(words, [sources.Document(str(i), text) for i, text in enumerate(texts)], 0.5, 0)
-    found = [words.decode(part[1:]) for ids in out.ids.values() for part in np.split(ids, np.flatnonzero(ids == words.bos))[1:]]
+    kinds = {"bytes": Bytes, "sentencepiece": lambda: SentencePiece(bpe), "tiktoken": lambda: Tiktoken(GPT)}
+    tokenizer = kinds[kind]()
+    out = encode.encode(tokenizer, [sources.Document(str(i), text) for i, text in enumerate(texts)], 0.5, 0)
+    found = [
+        tokenizer.decode(part[1:])
+        for ids in out.ids.values()
+        for part in np.split(ids, np.flatnonzero(ids == tokenizer.bos))[1:]
+    ]
     kept = [text for text in texts if text]
     lost = [text for text in kept if "\u2581" in text and kind == "sentencepiece"]
     assert sum(out.altered.values()) == len(lost) and out.dropped["empty"] == len(texts) - len(kept)

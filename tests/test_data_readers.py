@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from data import readers
-from data.bins import DataError
 from data.readers import read
+from errors import UserError
 
 TEXTS = ["first\ndocument", "", "you 你好 🙂 \0 \u2028 \r\n", " spaces  ", "last"]
 LINES = b"".join(json.dumps({"text": text, "meta": {"n": i}}).encode() + b"\n" for i, text in enumerate(TEXTS))
@@ -103,7 +103,7 @@ def test_another_field_and_one_that_no_record_has(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"content": "a", "url": "u"}\n' * 300)
     assert [d.text for d in read(path, "content")] == ["a"] * 300
-    with pytest.raises(DataError, match="none of its first 100 records .* 'text'; they have: content, url; pass --field=NAME"):
+    with pytest.raises(UserError, match="none of its first 100 records .* 'text'; they have: content, url; pass --field=NAME"):
         list(read(path, "text"))
     path.write_bytes(b'{"content": "a"}\n' * 99 + LINES)
     assert [d.dropped for d in read(path, "text")] == ["without text"] * 99 + [""] * 5
@@ -139,7 +139,7 @@ def test_parquet_gives_each_row_and_says_what_is_missing(tmp_path, groups):
     assert [d.text for d in found] == rows
     assert {d.dropped for d in found if d.text is None} == {"without text"}
     assert found[-1].read == path.stat().st_size and found[6].id == f"{path}:7"
-    with pytest.raises(DataError, match="has no column 'body'; it has: text, id"):
+    with pytest.raises(UserError, match="has no column 'body'; it has: text, id"):
         list(read(path, "body"))
 
 
@@ -147,7 +147,7 @@ def test_parquet_gives_each_row_and_says_what_is_missing(tmp_path, groups):
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"needs {module}: pip install '\.\[data\]'") as e:
+    with pytest.raises(UserError, match=rf"needs {module}: pip install '\.\[data\]'") as e:
         list(read(tmp_path / name, "text"))
     assert "\n" not in str(e.value)
 

@@ -8,8 +8,9 @@ from collections import namedtuple
 import pytest
 
 from data import download, sources
-from data.bins import DataError, load_meta
+from data.meta import load_meta
 from data.prepare import prepare
+from errors import UserError
 from tests.server import Server, cut, instead, status
 from tests.test_data_prepare import documents, texts
 from tests.test_data_readers import write_parquet, zstd
@@ -79,7 +80,7 @@ def test_what_is_in_the_cache_needs_no_network(tmp_path, server, sample):
 def test_without_a_network_it_is_one_line_and_the_cache_stays(tmp_path, server, sample):
     path = "/storage/datasets/togethercomputer/RedPajama-Data-1T-Sample/resolve/main/c4_sample.jsonl"
     server.faults[path] = [cut(1000), *[status(503)] * 20]
-    with pytest.raises(DataError, match="c4_sample.jsonl: 503.*at 5 tries in a row; run the same command again") as e:
+    with pytest.raises(UserError, match="c4_sample.jsonl: 503.*at 5 tries in a row; run the same command again") as e:
         prepare(command("redpajama-sample", tmp_path))
     assert "\n" not in str(e.value) and not (tmp_path / "out/train.bin").exists()
     kept = {p.name.split("-", 1)[1]: p.stat().st_size for p in (tmp_path / "cache").iterdir()}
@@ -92,7 +93,7 @@ def test_without_a_network_it_is_one_line_and_the_cache_stays(tmp_path, server, 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path, sample, server):
     server.__exit__()
-    with pytest.raises(DataError, match="arxiv_sample.jsonl: .*refused.*at 5 tries in a row") as e:
+    with pytest.raises(UserError, match="arxiv_sample.jsonl: .*refused.*at 5 tries in a row") as e:
         prepare(command("redpajama-sample", tmp_path))
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
     server.__enter__()
@@ -161,7 +162,7 @@ def test_shares_leave_sources_out_and_what_a_list_lacks_is_said(tmp_path, redpaj
         (["--tokens=-5"], "--tokens=-5"),
         ([f"--share={name}=0" for name in sources.SHARES], "every source has weight 0"),
     ):
-        with pytest.raises(DataError, match=message) as e:
+        with pytest.raises(UserError, match=message) as e:
             prepare([*argv[:1], f"--out={tmp_path / 'other'}", f"--cache={tmp_path / 'cache'}", f"--urls={redpajama}", *wrong])
         assert "\n" not in str(e.value) and not (tmp_path / "other").exists()
 
@@ -208,7 +209,7 @@ def test_a_corpus_that_misbehaves_is_one_line_and_leaves_no_bin(tmp_path, server
     else:
         url = server.url(path)
     act(server, path)
-    with pytest.raises(DataError, match=message) as e:
+    with pytest.raises(UserError, match=message) as e:
         prepare(command("fineweb-edu", tmp_path, listed(tmp_path, url)))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
@@ -224,15 +225,15 @@ def test_a_list_that_is_none_is_refused(tmp_path):
     ):
         path = tmp_path / "urls.txt"
         path.write_text(content)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare(command("fineweb-edu", tmp_path, f"--urls={path}"))
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         prepare(command("fineweb-edu", tmp_path, "--urls=nowhere.txt"))
 
 
 def test_a_disk_too_small_is_said_before_anything_is_downloaded(tmp_path, server, sample, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5, 5))
-    with pytest.raises(DataError, match="0.0 GB free, but about .* GB are needed; pass --cache"):
+    with pytest.raises(UserError, match="0.0 GB free, but about .* GB are needed; pass --cache"):
         prepare(command("redpajama-sample", tmp_path))
     assert not [a for a in server.asked if a.method == "GET"]

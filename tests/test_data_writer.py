@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.bins import Bin, DataError, load_meta
+from data.bins import Bin
+from data.meta import load_meta
 from data.writer import Writer
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,13 +25,13 @@ def write(folder, train, val=(0, 1, 2), vocab_size=65536):
 
 @pytest.mark.parametrize("ids", [[70000], [-1], [5, 100], np.array([2**40]), np.array([65535], dtype=np.uint16)])
 def test_writer_refuses_an_id_that_uint16_or_the_vocabulary_cannot_hold(tmp_path, ids):
-    with pytest.raises(DataError, match=str(max(ids, key=abs))), Writer(tmp_path / "new", 100) as writer:
+    with pytest.raises(UserError, match=str(max(ids, key=abs))), Writer(tmp_path / "new", 100) as writer:
         writer.add("train", ids)
     assert not (tmp_path / "new").exists()
 
 
 def test_writer_refuses_a_vocabulary_beyond_uint16(tmp_path):
-    with pytest.raises(DataError, match="65537"):
+    with pytest.raises(UserError, match="65537"):
         Writer(tmp_path, 65537)
 
 
@@ -95,7 +97,7 @@ def test_a_kill_between_the_renames_is_seen_by_the_reader(tmp_path, monkeypatch,
         writer.add("val", range(50))
         writer.commit({"tokenizer": {"kind": "bytes"}}, {"tokenizer.model": b"model"})
     assert load_meta(tmp_path) is not None or not done
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         for split in ("train", "val"):
             Bin(tmp_path / f"{split}.bin", 8, 100)
 
@@ -152,7 +154,7 @@ def test_a_commit_cut_short_after_a_save_is_gone_on_with(tmp_path, monkeypatch, 
 def test_an_unfinished_dataset_of_another_key_is_refused_and_kept(tmp_path):
     half(tmp_path)
     before = {p.name: p.read_bytes() for p in (tmp_path / ".partial").iterdir()}
-    with pytest.raises(DataError, match="unfinished"), Writer(tmp_path, 100, "another"):
+    with pytest.raises(UserError, match="unfinished"), Writer(tmp_path, 100, "another"):
         pass
     assert {p.name: p.read_bytes() for p in (tmp_path / ".partial").iterdir()} == before
 
@@ -160,13 +162,13 @@ def test_an_unfinished_dataset_of_another_key_is_refused_and_kept(tmp_path):
 def test_unfinished_bins_shorter_than_their_journal_are_refused(tmp_path):
     half(tmp_path)
     os.truncate(tmp_path / ".partial/train.bin", 10)
-    with pytest.raises(DataError, match="begin anew"), Writer(tmp_path, 100, "k"):
+    with pytest.raises(UserError, match="begin anew"), Writer(tmp_path, 100, "k"):
         pass
 
 
 def test_two_writers_do_not_write_one_dataset(tmp_path):
     with Writer(tmp_path, 100) as writer:
-        with pytest.raises(DataError, match="another process is writing it"), Writer(tmp_path, 100):
+        with pytest.raises(UserError, match="another process is writing it"), Writer(tmp_path, 100):
             pass
         writer.add("train", range(50))
         writer.commit({"tokenizer": {"kind": "bytes"}}, {})

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import train
+from config import ROOT, from_dict
 from data import bins
+from data.meta import TOKEN
+from errors import UserError
 from runtime import checkpoint, distributed, metrics
-from runtime.config import ROOT, from_dict
 from tests import faults
 from tests.conftest import write_dataset
 from tests.faults import fault
@@ -163,7 +165,7 @@ def poison(settings, data, position):
     state = checkpoint.load(path)
     state["model"]["embed.weight"][17] = float("nan")
     checkpoint.save(path, state)
-    tokens = np.fromfile(data / "train.bin", bins.TOKEN)
+    tokens = np.fromfile(data / "train.bin", TOKEN)
     window = bins.order(0, 0, (len(tokens) - 1) // 31)[position]
     tokens[window * 31 + 5] = 17
     tokens.tofile(data / "train.bin")
@@ -221,7 +223,7 @@ def test_a_checkpoint_with_one_byte_changed_or_its_end_cut_off_is_refused_or_who
                 copy.write_bytes(flipped if i % 4 else bytes_[:position])
                 try:
                     assert same(checkpoint.load(copy), whole), f"{kind}, byte {position}"  # a time stamp, padding
-                except checkpoint.CheckpointError as e:
+                except UserError as e:
                     refused += 1
                     assert len(str(e).splitlines()) == 1 and str(copy) in str(e)
         assert refused >= len(positions) // 4, kind

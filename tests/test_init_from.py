@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import eval_copy
+from config import ROOT, Config, load
 from data import bins
-from runtime import checkpoint, export
-from runtime.config import ROOT, Config, load
+from hf import export
+from runtime import checkpoint
 from runtime.distributed import StopSignal, on_device
 from runtime.validation import validate
 from tests.test_runtime_distributed import rows
@@ -34,8 +35,8 @@ def test_the_first_losses_are_those_of_the_weights_started_from(settings, source
     path = source / KINDS[kind]
     started = run(settings, init_from=str(path), max_steps=1)
     assert f"starting from the weights of {path}, step {0 if kind == 'hugging face' else 8} there" in capsys.readouterr().out
-    model, words, _ = eval_copy.load(path, device="cpu")
-    train_bin, val_bin = (bins.Bin(Path(settings["data"]) / f"{split}.bin", 31, words.size) for split in ("train", "val"))
+    model, tokenizer, _ = eval_copy.load(path, device="cpu")
+    train_bin, val_bin = (bins.Bin(Path(settings["data"]) / f"{split}.bin", 31, tokenizer.size) for split in ("train", "val"))
     val = validate(model, val_bin, bins.order(0, 0, val_bin.n_windows)[:16], 8, WORLD, StopSignal())
     assert ({"step": 0, "tokens": 0} | val).items() <= started[0].items()
     x, y = on_device(train_bin.windows(bins.window_indices(0, 0, 8, train_bin.n_windows)), WORLD.device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from runtime.config import ModelConfig
+from config import ModelConfig
 from tests.kernel_checks import DEVICE, outputs_start_as_nan  # noqa: F401
 
 from kernels import eager, fused  # isort: skip  after the interpreter is set up
@@ -109,7 +109,7 @@ sys.modules["triton"] = None  # importing it now fails
 import torch
 from kernels import eager
 from model import Llama
-from runtime.config import ModelConfig
+from config import ModelConfig
 model = Llama(ModelConfig(dim=32, n_layers=1, n_heads=1, hidden_dim=32, vocab_size=9, seq_len=8), eager)
 model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
 try:

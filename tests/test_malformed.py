@@ -13,8 +13,8 @@ import torch
 
 import eval_copy
 import train
+from config import MAY_CHANGE, Config, ModelConfig, from_command_line, from_dict
 from runtime import checkpoint, distributed
-from runtime.config import MAY_CHANGE, Config, ModelConfig, from_command_line, from_dict
 from tests.faults import fault
 
 JUNK = [None, True, -1, 0, 10**12, 0.5, float("nan"), "", "x", "../x", [], [1], {}, {"a": 1}, b"\xff"]

@@ -44,7 +44,7 @@ def streams(model, x_tokens, replaced, frozen=False):
         y = y + block.attention.wo(replaced(i, out.clone()).flatten(2))
         y = y + block.mlp(model.ops.rms_norm(y, block.mlp_norm, block.eps))
         x = block.forward(x, rope)
-    return model.head(model.ops.rms_norm(y, model.norm, model.config.norm_eps)), torch.stack(outputs)
+    return model.lm_head(model.ops.rms_norm(y, model.norm, model.config.norm_eps)), torch.stack(outputs)
 
 
 def zeroed(layer, out):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from errors import UserError
 from measures import context, heads
-from runtime.config import ConfigError
 from tests.handbuilt import induction_model, uniform_model
 from tests.test_measures_heads import LETTERS, small_model
 
@@ -109,7 +109,7 @@ def test_the_same_arguments_give_the_same_measures_and_another_seed_others():
 
 
 def test_a_context_too_short_is_named():
-    with pytest.raises(ConfigError, match="seq_len=5: too short for the induction loss, which takes 6"):
+    with pytest.raises(UserError, match="seq_len=5: too short for the induction loss, which takes 6"):
         context.induction_loss(small_model(seq_len=5), LETTERS, 39)
-    with pytest.raises(ConfigError, match="seq_len=4: too short"):
+    with pytest.raises(UserError, match="seq_len=4: too short"):
         context.associative_recall(small_model(seq_len=4), LETTERS, 39)

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.vocab import Bytes, Chars, Ids, SentencePiece
+from data.tokenizer import Bytes, Chars, Ids, SentencePiece
+from errors import UserError
 from measures import copying, heads
 from measures.copying import Answers, K, alphabet_ids, answers, copy_scores, kgrams, make_test, suffixes
-from runtime.config import ConfigError
 from tests.handbuilt import induction_model, uniform_model
 from tests.test_eval_copy import small_model
 
@@ -16,13 +16,13 @@ def ceiling(test, k):
 
 
 def test_the_hand_built_induction_model_scores_1_and_its_two_heads_are_found():
-    words = Bytes()
-    model, previous, induction = induction_model(words.size, 1024, words.bos)
-    test = make_test(words, "full", 1024, samples=20)
+    tokenizer = Bytes()
+    model, previous, induction = induction_model(tokenizer.size, 1024, tokenizer.bos)
+    test = make_test(tokenizer, "full", 1024, samples=20)
     scores = copy_scores(test, answers(model, test))
     assert scores["exact"] == scores["token"] == scores["first"] == 1.0 and scores["queries"] == 200
     assert scores["exact_by_sequence"] == {i: 1.0 for i in range(5, 51, 5)}
-    found = heads.attention_scores(model, alphabet_ids(words, "full"), words.bos)
+    found = heads.attention_scores(model, alphabet_ids(tokenizer, "full"), tokenizer.bos)
     for name, head in (("induction", induction), ("previous", previous)):
         score = found[name]
         assert np.unravel_index(score.argmax(), score.shape) == head and score[head] > 0.95
@@ -31,24 +31,24 @@ def test_the_hand_built_induction_model_scores_1_and_its_two_heads_are_found():
 
 
 def test_a_uniform_model_scores_at_chance():
-    words = Chars(64)
-    model = uniform_model(words.size, 128)
-    test = make_test(words, "full", 128, samples=100)
+    tokenizer = Chars(64)
+    model = uniform_model(tokenizer.size, 128)
+    test = make_test(tokenizer, "full", 128, samples=100)
     scores = copy_scores(test, answers(model, test))
     assert scores["exact"] == 0 and scores["token"] < 3 / 64
     assert scores["logprob"] == pytest.approx(-np.log(65), abs=1e-4)
-    found = heads.attention_scores(model, alphabet_ids(words, "full"), words.bos)
+    found = heads.attention_scores(model, alphabet_ids(tokenizer, "full"), tokenizer.bos)
     assert np.ptp(found["induction"]) < 1e-6 and np.max(found["induction"]) < 0.02
 
 
-@pytest.mark.parametrize("words", [Chars(20), Ids(24)], ids=["bos", "no bos"])
-def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(words):
-    model = small_model(words)
-    test = make_test(words, "full", 96, samples=30)
+@pytest.mark.parametrize("tokenizer", [Chars(20), Ids(24)], ids=["bos", "no bos"])
+def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(tokenizer):
+    model = small_model(tokenizer)
+    test = make_test(tokenizer, "full", 96, samples=30)
     exact, token, first, logprob = [], [], [], []
     for context in torch.from_numpy(test.contexts):
         for i in test.asked:
-            lead = [] if words.bos is None else [words.bos]
+            lead = [] if tokenizer.bos is None else [tokenizer.bos]
             prompt = torch.cat((torch.tensor(lead, dtype=torch.int64), context.flatten(), context[i, :12]))[None]
             suffix = context[i, 12:]
             greedy = torch.stack(list(model.generate(prompt, 6)), 1)[0]
@@ -66,21 +66,21 @@ def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(wor
 
 
 def test_the_layout_is_the_papers_where_it_fits_and_scaled_where_not():
-    words = Bytes()
-    full = make_test(words, "full", 1024, samples=2)
+    tokenizer = Bytes()
+    full = make_test(tokenizer, "full", 1024, samples=2)
     assert full.contexts.shape == (2, 50, 18) and [i + 1 for i in full.asked] == list(range(5, 51, 5))
     for seq_len, n in ((918, 50), (917, 49), (128, 6), (54, 2)):
-        test = make_test(words, "full", seq_len, samples=2)
+        test = make_test(tokenizer, "full", seq_len, samples=2)
         assert test.contexts.shape[1] == n and 1 + n * 18 + 17 <= seq_len
         assert len(test.asked) == (10 if n == 50 else n)
-    with pytest.raises(ConfigError, match="seq_len=53: too short for the copy test, which takes 54"):
-        make_test(words, "full", 53)
+    with pytest.raises(UserError, match="seq_len=53: too short for the copy test, which takes 54"):
+        make_test(tokenizer, "full", 53)
 
 
 def test_samples_depend_on_their_arguments_alone_and_prefixes_and_suffixes_are_unique():
-    words = Chars(64)
-    test = make_test(words, "2", 128, samples=200)
-    again = make_test(words, "2", 128, samples=200)
+    tokenizer = Chars(64)
+    test = make_test(tokenizer, "2", 128, samples=200)
+    again = make_test(tokenizer, "2", 128, samples=200)
     assert np.array_equal(test.contexts, again.contexts)
     for sample in test.contexts:
         assert len(np.unique(sample[:, :12], axis=0)) == len(np.unique(sample[:, 12:], axis=0)) == 6
@@ -89,20 +89,20 @@ def test_samples_depend_on_their_arguments_alone_and_prefixes_and_suffixes_are_u
 
 
 def test_alphabets():
-    words = Chars(64)
-    assert "".join(words.alphabet[i] for i in alphabet_ids(words, "hex16")) == "0123456789abcdef"
-    assert list(alphabet_ids(words, "full")) == list(range(64))
-    some = alphabet_ids(words, "10")
-    assert len(set(some)) == 10 and words.bos not in some
+    tokenizer = Chars(64)
+    assert "".join(tokenizer.alphabet[i] for i in alphabet_ids(tokenizer, "hex16")) == "0123456789abcdef"
+    assert list(alphabet_ids(tokenizer, "full")) == list(range(64))
+    some = alphabet_ids(tokenizer, "10")
+    assert len(set(some)) == 10 and tokenizer.bos not in some
     assert len(alphabet_ids(Ids(500), "hex16")) == 16
     for name in ("65", "1", "hexx", "-3", ""):
-        with pytest.raises(ConfigError, match=f"alphabet={name}: expected full"):
-            alphabet_ids(words, name)
+        with pytest.raises(UserError, match=f"alphabet={name}: expected full"):
+            alphabet_ids(tokenizer, name)
 
 
 def test_kgram_ceilings_equal_a_matcher_written_out():
-    words = Chars(6)
-    test = make_test(words, "full", 128, samples=12)
+    tokenizer = Chars(6)
+    test = make_test(tokenizer, "full", 128, samples=12)
     for k in K:
         expected = []
         for context in test.contexts:
@@ -129,12 +129,12 @@ def test_kgram_ceilings_of_the_papers_layout():
 
 
 def test_with_a_separator_each_sequence_ends_in_it_and_the_test_is_another(bpe):
-    for words, end in ((Bytes(), 10), (SentencePiece(bpe), 13), (Chars(64), 0), (Ids(500), 0)):
-        test = make_test(words, "full", 1024, samples=5, separator=True)
+    for tokenizer, end in ((Bytes(), 10), (SentencePiece(bpe), 13), (Chars(64), 0), (Ids(500), 0)):
+        test = make_test(tokenizer, "full", 1024, samples=5, separator=True)
         assert test.separator == end and not (test.contexts == end).any()
         n = test.contexts.shape[1]
         assert n == 50 and test.tokens().shape == (5, n * 19) and (test.tokens().reshape(5, n, 19)[..., -1] == end).all()
-        assert test.hash() != make_test(words, "full", 1024, samples=5).hash()
+        assert test.hash() != make_test(tokenizer, "full", 1024, samples=5).hash()
     assert make_test(Bytes(), "full", 128, samples=1, separator=True).contexts.shape[1] == 5
 
 
@@ -147,9 +147,9 @@ def test_the_hash_is_that_of_the_questions():
 
 
 def test_the_hand_built_model_copies_with_a_separator_too():
-    words = Bytes()
-    model, _, _ = induction_model(words.size, 1024, words.bos)
-    test = make_test(words, "full", 1024, samples=10, separator=True)
+    tokenizer = Bytes()
+    model, _, _ = induction_model(tokenizer.size, 1024, tokenizer.bos)
+    test = make_test(tokenizer, "full", 1024, samples=10, separator=True)
     assert copy_scores(test, answers(model, test))["exact"] == 1.0
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.vocab import Bytes
+from data.tokenizer import Bytes
+from errors import UserError
 from kernels import eager
 from measures import heads
 from model import Llama, LlamaConfig
-from runtime.config import ConfigError
 from tests.handbuilt import induction_model, uniform_model
 
 SMALL = LlamaConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=40, seq_len=64)
@@ -134,9 +134,9 @@ def test_prefix_matching_equals_its_definition_written_out_and_shrinks_with_the_
 
 
 def test_the_hand_built_induction_head_is_found_and_no_other():
-    words = Bytes()
-    model, previous, induction = induction_model(words.size, 512, words.bos)
-    scores = heads.scores(model, np.arange(256), words.bos)
+    tokenizer = Bytes()
+    model, previous, induction = induction_model(tokenizer.size, 512, tokenizer.bos)
+    scores = heads.scores(model, np.arange(256), tokenizer.bos)
     for name in ("induction", "prefix_matching", "score_paper", "score_mended"):
         rest = scores[name].copy()
         rest[induction] = 0
@@ -151,8 +151,10 @@ def test_the_hand_built_induction_head_is_found_and_no_other():
 @pytest.mark.parametrize("folded", [False, True])
 def test_eigenvalue_score_equals_that_of_the_whole_product(folded, tied):
     model = small_model(tie_embeddings=tied).double()
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()} | {"head.weight": model.head.weight.detach()}
-    W_E, W_U = weights["embed.weight"].T, np.asarray(weights["head.weight"])
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()} | {
+        "lm_head.weight": model.lm_head.weight.detach()
+    }
+    W_E, W_U = weights["embed.weight"].T, np.asarray(weights["lm_head.weight"])
     if folded:
         W_U = W_U * weights["norm"]
     scores, values = heads.eigenvalue_score(model, folded), heads.ov_eigenvalues(model, folded)
@@ -205,8 +207,8 @@ def test_the_same_arguments_give_the_same_scores_and_the_model_is_as_before():
 
 
 def test_a_context_too_short_for_two_tokens_is_named():
-    with pytest.raises(ConfigError, match="seq_len=4: too short for tokens that occur 2 times, which take 5 at least"):
+    with pytest.raises(UserError, match="seq_len=4: too short for tokens that occur 2 times, which take 5 at least"):
         heads.attention_scores(small_model(seq_len=4), LETTERS, 39)
-    with pytest.raises(ConfigError, match="seq_len=7: .* 4 times, which take 8"):
+    with pytest.raises(UserError, match="seq_len=7: .* 4 times, which take 8"):
         heads.prefix_matching(small_model(seq_len=7), LETTERS, None)
     assert heads.attention_scores(small_model(seq_len=4), LETTERS, None)["induction"].shape == (3, 4)

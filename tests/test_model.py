@@ -71,8 +71,8 @@ def test_the_scaled_matrices_are_those_that_write_to_the_residual_stream():
 
 def test_tied_head_is_one_parameter_counted_once():
     tied, free = Llama(dataclasses.replace(TINY, tie_embeddings=True), eager), Llama(TINY, eager)
-    assert tied.head.weight is tied.embed.weight
-    assert tied.to(torch.float64).head.weight is tied.embed.weight  # moving keeps the tie
+    assert tied.lm_head.weight is tied.embed.weight
+    assert tied.to(torch.float64).lm_head.weight is tied.embed.weight  # moving keeps the tie
     count = [sum(p.numel() for p in model.parameters()) for model in (free, tied)]
     assert count[0] - count[1] == TINY.vocab_size * TINY.dim
     assert len({id(p) for p in tied.parameters()}) == len(list(tied.parameters())) == len(list(free.parameters())) - 1
@@ -84,7 +84,7 @@ def test_tied_gradient_is_the_sum_of_the_embeddings_and_the_heads():
     free.load_state_dict(tied.state_dict())
     for model in (tied, free):
         model(some_tokens(), some_tokens(seed=1)).backward()
-    torch.testing.assert_close(tied.embed.weight.grad, free.embed.weight.grad + free.head.weight.grad)
+    torch.testing.assert_close(tied.embed.weight.grad, free.embed.weight.grad + free.lm_head.weight.grad)
 
 
 def test_rotary_table_is_no_part_of_the_state_dict():
@@ -111,7 +111,7 @@ def hugging_face(model):
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )
     theirs = {"model.embed_tokens.weight": mine["embed.weight"], "model.norm.weight": mine["norm"]}
-    theirs["lm_head.weight"] = mine["head.weight"]
+    theirs["lm_head.weight"] = mine["lm_head.weight"]
     heads = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
     for i in range(c.n_layers):
         here, there = f"blocks.{i}.", f"model.layers.{i}."

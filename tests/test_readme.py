@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 import eval_copy
+from config import ROOT, Config, load
 from data import prepare
-from runtime.config import ROOT, Config, load
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]

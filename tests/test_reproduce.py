@@ -5,9 +5,9 @@ import pytest
 
 import eval_copy
 import reproduce
-from measures import figures
-from measures.figures import FAILS, HOLDS, OPEN
-from runtime.config import ROOT, load
+from config import ROOT, load
+from paper import figures
+from paper.figures import FAILS, HOLDS, OPEN
 
 
 @pytest.mark.parametrize("scale", reproduce.SCALES.values(), ids=reproduce.SCALES)

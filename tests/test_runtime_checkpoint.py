@@ -5,8 +5,8 @@ import zipfile
 import pytest
 import torch
 
+from errors import UserError
 from runtime import checkpoint
-from runtime.checkpoint import CheckpointError
 
 STATE = {
     "model": {"w": torch.arange(1000.0)},
@@ -38,15 +38,15 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
     cases = {"text": b"hello", "empty": b"", "pickle": pickle.dumps({"model": 1})}
     for data in cases.values():
         path.write_bytes(data)
-        with pytest.raises(CheckpointError, match=r"x.pt: not a checkpoint"):
+        with pytest.raises(UserError, match=r"x.pt: not a checkpoint"):
             checkpoint.load(path)
     torch.save({"a": 1}, path)
-    with pytest.raises(CheckpointError, match="it has no config, model, step, tokenizer$"):
+    with pytest.raises(UserError, match="it has no config, model, step, tokenizer$"):
         checkpoint.load(path)
     torch.save([1], path)
-    with pytest.raises(CheckpointError, match="it has no"):
+    with pytest.raises(UserError, match="it has no"):
         checkpoint.load(path)
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.load(tmp_path / "nothing.pt")
 
 
@@ -59,10 +59,10 @@ def test_a_flipped_byte_and_a_cut_file_are_refused(tmp_path):
     at = whole.index(STATE["model"]["w"].numpy().tobytes()) + 100
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert torch.load(path, weights_only=True)["step"] == 7  # torch itself does not notice
-    with pytest.raises(CheckpointError, match=info.filename):
+    with pytest.raises(UserError, match=info.filename):
         checkpoint.load(path)
     path.write_bytes(whole[:-10])
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -72,7 +72,7 @@ def test_loading_runs_no_code(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save(STATE | {"model": Hostile()}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(UserError):
         checkpoint.load(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from config import ROOT
 from runtime import metrics
-from runtime.config import ROOT
 from tests.conftest import write_dataset
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from config import ModelConfig
 from runtime import metrics
-from runtime.config import ModelConfig
 
 
 def test_flops_per_token_of_llama162m():

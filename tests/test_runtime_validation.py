@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from config import from_dict
 from data import bins
 from kernels import eager
 from model import Llama
 from runtime import distributed
-from runtime.config import from_dict
 from runtime.validation import repeated, validate
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))

@@ -12,11 +12,13 @@ import torch
 
 import kernels
 import train
+from config import ROOT, Config, from_command_line, from_dict
 from data import bins
+from data.meta import SPLITS
+from errors import UserError
 from kernels import eager
 from model import Llama
 from runtime import checkpoint, distributed, metrics
-from runtime.config import ROOT, Config, ConfigError, from_command_line, from_dict
 from tests.conftest import write_dataset
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))
@@ -133,9 +135,9 @@ def test_a_finished_run_is_left_as_it_is(settings):
 def test_resume_refuses_other_settings_and_other_data_by_name(settings, tmp_path):
     run(settings)
     before = (Path(settings["out_dir"]) / "ckpt.pt").read_bytes()
-    with pytest.raises(ConfigError, match="seed 0 -> 1, .*learning_rate 0.01 -> 0.1"):
+    with pytest.raises(UserError, match="seed 0 -> 1, .*learning_rate 0.01 -> 0.1"):
         run(settings, seed=1, learning_rate=0.1)
-    with pytest.raises(ConfigError, match="the data in"):
+    with pytest.raises(UserError, match="the data in"):
         run(settings, data=str(write_dataset(tmp_path / "other", seed=5)))
     assert (Path(settings["out_dir"]) / "ckpt.pt").read_bytes() == before
     assert len(run(settings, max_steps=8, log_interval=2)) == 8  # rows 0..6 were there
@@ -207,7 +209,7 @@ def test_dropout_seeds_depend_on_the_position_in_the_run_alone():
 
 
 def test_bins_without_a_meta_train(settings, tmp_path):
-    for split in bins.SPLITS:
+    for split in SPLITS:
         (tmp_path / "plain").mkdir(exist_ok=True)
         (tmp_path / "plain" / f"{split}.bin").write_bytes((Path(settings["data"]) / f"{split}.bin").read_bytes())
     rows = run(settings, data=str(tmp_path / "plain"))
@@ -283,7 +285,7 @@ def test_each_mistake_ends_with_status_2_and_one_line_and_writes_nothing(setting
 )
 def test_a_bad_bin_ends_with_status_2_and_one_line(settings, tmp_path, capsys, data, words):
     (tmp_path / "bad").mkdir()
-    for split in bins.SPLITS:
+    for split in SPLITS:
         (tmp_path / "bad" / f"{split}.bin").write_bytes(data)
     assert status(flags(settings, data=tmp_path / "bad")) == 2
     error = capsys.readouterr().err
@@ -310,7 +312,7 @@ def test_missing_data_that_needs_no_network_is_offered_on_a_terminal(settings, t
     if answer == "":
         assert losses(run(settings, **made))
     else:
-        with pytest.raises(bins.DataError, match="not found"):
+        with pytest.raises(UserError, match="not found"):
             run(settings, **made)
     command = f"python -m data.prepare repeats --rows=400 --length=32 --alphabet=16 '--out={tmp_path}/a set'"
     assert command in asked[0]

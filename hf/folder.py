@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from runtime import checkpoint, hf_tokenizer
-from runtime.checkpoint import CheckpointError
-from runtime.config import ConfigError, ModelConfig, from_dict
+from config import ModelConfig, from_dict
+from errors import UserError
+from hf import tokenizer as hf_tokenizer
+from runtime import checkpoint
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 FIELDS = {
@@ -29,7 +30,7 @@ DEFAULTS = dict(n_kv_heads=0, seq_len=2048, rope_theta=10000.0, norm_eps=1e-6, t
 # What this model computes, of what config.json may ask for.
 COMPUTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the plain values of data.vocab's state, without the file
+OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the plain values of data.tokenizer's state, without the file
 TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
 
 
@@ -48,50 +49,50 @@ def is_folder(path: Path) -> bool:
 def read(folder) -> dict:
     """A folder's Llama with the entries of a checkpoint: `model` in fp32 under our names, `config` (the fields of
     ModelConfig), `step` 0, and `tokenizer`: that of tokenizer.model, or that of the checkpoint that was written here; of kind
-    ids where there is neither. Raises CheckpointError of one line for what is damaged, missing, or no Llama of model.py.
+    ids where there is neither. Raises UserError of one line for what is damaged, missing, or no Llama of model.py.
     """
     folder = Path(folder)
     values = _json(folder / "config.json")
     try:
         config = from_dict(_fields(values)).model()
-    except ConfigError as e:
-        raise CheckpointError(f"{folder / 'config.json'}: {e}") from None
+    except UserError as e:
+        raise UserError(f"{folder / 'config.json'}: {e}") from None
     model = _tensors(folder, config)
     return {"model": model, "config": dataclasses.asdict(config), "step": 0, "tokenizer": _tokenizer(folder, values, config)}
 
 
-def write(folder, state: dict, words) -> bool:
-    """Writes a checkpoint's model, and its vocabulary `words` (a data.vocab.Vocab), as a folder that transformers loads.
+def write(folder, state: dict, tokenizer) -> bool:
+    """Writes a checkpoint's model and its tokenizer (a data.tokenizer.Tokenizer) as a folder that transformers loads.
 
     Written aside and renamed. -> whether AutoTokenizer reads the vocabulary; its ids are ours where it does. Raises
-    CheckpointError where the folder is there and not empty, and where the weights do not fit the config.
+    UserError where the folder is there and not empty, and where the weights do not fit the config.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: is there already; name a new or an empty folder")
+        raise UserError(f"{folder}: is there already; name a new or an empty folder")
     config = ModelConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)})
     weights = {}
     for ours, theirs in tensor_names(config).items():
         whole, rows = state["model"].get(ours), [shape[0] for shape in theirs.values()]
         if whole is None or whole.shape != (sum(rows), *next(iter(theirs.values()))[1:]):
-            raise CheckpointError(f"{ours}: missing, or of another shape than the checkpoint's own config has")
+            raise UserError(f"{ours}: missing, or of another shape than the checkpoint's own config has")
         weights |= {name: part.float().clone() for name, part in zip(theirs, whole.split(rows), strict=True)}
-    tokenizer = hf_tokenizer.files(words)
+    tokenizer_files = hf_tokenizer.files(tokenizer)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True)
         _safetensors().torch.save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / "config.json").write_text(json.dumps(_config_json(config, words), indent=2) + "\n")
-        for name, text in (tokenizer or {}).items():
+        (aside / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
+        for name, text in (tokenizer_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
-        if words.kind in TOKENIZER_FILES:
-            (aside / TOKENIZER_FILES[words.kind]).write_bytes(words.model)
+        if tokenizer.kind in TOKENIZER_FILES:
+            (aside / TOKENIZER_FILES[tokenizer.kind]).write_bytes(tokenizer.model)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return tokenizer is not None
+    return tokenizer_files is not None
 
 
 def tensor_names(c: ModelConfig) -> dict[str, dict[str, tuple]]:
@@ -111,27 +112,27 @@ def tensor_names(c: ModelConfig) -> dict[str, dict[str, tuple]]:
         for ours, theirs in layer.items():
             names[f"blocks.{i}.{ours}"] = {f"model.layers.{i}.{name}": shape for name, shape in theirs.items()}
     names["norm"] = {"model.norm.weight": (d,)}
-    return names if c.tie_embeddings else names | {"head.weight": {"lm_head.weight": (c.vocab_size, d)}}
+    return names if c.tie_embeddings else names | {"lm_head.weight": {"lm_head.weight": (c.vocab_size, d)}}
 
 
 def _json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: cannot be read ({type(e).__name__})") from None
+        raise UserError(f"{path}: cannot be read ({type(e).__name__})") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: not a JSON object")
     return values
 
 
 def _fields(values: dict) -> dict:
-    """The settings that config.json states. Raises ConfigError for a model that model.py does not compute."""
+    """The settings that config.json states. Raises UserError for a model that model.py does not compute."""
     if values.get("model_type") != "llama":
-        raise ConfigError(f"model_type={values.get('model_type')}: expected llama; no other is read")
+        raise UserError(f"model_type={values.get('model_type')}: expected llama; no other is read")
     if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
-        raise ConfigError(f"architectures={values['architectures']}: expected LlamaForCausalLM")
+        raise UserError(f"architectures={values['architectures']}: expected LlamaForCausalLM")
     ropes = [values[name] for name in ("rope_scaling", "rope_parameters") if values.get(name) is not None]
     for rope in ropes:
         if (
@@ -139,34 +140,34 @@ def _fields(values: dict) -> dict:
             or any(ROPE.get(k, v) != v for k, v in rope.items())
             or rope.keys() - ROPE - {"rope_theta"}
         ):
-            raise ConfigError(f"rotary positions {json.dumps(rope)}: only the unscaled kind, rope_type default, is computed")
+            raise UserError(f"rotary positions {json.dumps(rope)}: only the unscaled kind, rope_type default, is computed")
         values = values | {name: value for name, value in rope.items() if name == "rope_theta"}
     for name, value in COMPUTED.items():
         if values.get(name, value) != value:
-            raise ConfigError(f"{name}={json.dumps(values[name])}: expected {json.dumps(value)}; nothing else is computed")
+            raise UserError(f"{name}={json.dumps(values[name])}: expected {json.dumps(value)}; nothing else is computed")
     found = {ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None}
     if lacking := [theirs for ours, theirs in FIELDS.items() if ours not in found | DEFAULTS]:
-        raise ConfigError(f"it has no {', '.join(lacking)}")
+        raise UserError(f"it has no {', '.join(lacking)}")
     config = from_dict(DEFAULTS | found)
     if values.get("head_dim", config.head_dim) not in (None, config.head_dim):
-        raise ConfigError(f"head_dim={values['head_dim']}: expected hidden_size / num_attention_heads, {config.head_dim}")
+        raise UserError(f"head_dim={values['head_dim']}: expected hidden_size / num_attention_heads, {config.head_dim}")
     return DEFAULTS | found
 
 
-def _config_json(c: ModelConfig, words) -> dict:
-    tokenizer = {name: value for name, value in words.state().items() if not isinstance(value, bytes)}
+def _config_json(c: ModelConfig, tokenizer) -> dict:
+    plain = {name: value for name, value in tokenizer.state().items() if not isinstance(value, bytes)}
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "head_dim": c.head_dim}
     fixed |= {name: value for name, value in COMPUTED.items() if value is not None}
     # transformers 4 reads rope_theta, transformers 5 rope_parameters.
     fixed["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
     shape = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
-    return fixed | shape | {"bos_token_id": words.bos, "eos_token_id": words.eos, OUR_TOKENIZER: tokenizer}
+    return fixed | shape | {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, OUR_TOKENIZER: plain}
 
 
 def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
     state = values.get(OUR_TOKENIZER, {"kind": "sentencepiece"})
     if not isinstance(state, dict) or not isinstance(state.get("kind"), str):
-        raise CheckpointError(f"{folder / 'config.json'}: {OUR_TOKENIZER}={json.dumps(state)} names no tokenizer")
+        raise UserError(f"{folder / 'config.json'}: {OUR_TOKENIZER}={json.dumps(state)} names no tokenizer")
     file = TOKENIZER_FILES.get(state["kind"])
     if file is None:
         return state
@@ -184,41 +185,41 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
             try:
                 handle = stack.enter_context(safetensors.safe_open(path, framework="pt"))
             except FileNotFoundError:
-                raise CheckpointError(f"{path}: no such file; the folder's index names it") from None
+                raise UserError(f"{path}: no such file; the folder's index names it") from None
             except (safetensors.SafetensorError, OSError) as e:
-                raise CheckpointError(f"{path}: damaged, or not safetensors ({str(e).splitlines()[0]})") from None
+                raise UserError(f"{path}: damaged, or not safetensors ({str(e).splitlines()[0]})") from None
             found |= {name: (path, handle) for name in handle.keys()}
         wanted = tensor_names(config)
         shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
         for name, shape in shapes.items():
             if name not in found:
-                raise CheckpointError(f"{folder}: has no tensor {name}")
+                raise UserError(f"{folder}: has no tensor {name}")
             path, handle = found[name]
             stored = handle.get_slice(name)
             if tuple(stored.get_shape()) != shape:
-                raise CheckpointError(f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}")
+                raise UserError(f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}")
             if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                raise CheckpointError(f"{path}: {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16")
+                raise UserError(f"{path}: {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16")
         # Derived, and so not read: rotary tables in old folders, and a tied head.
         derived = {"lm_head.weight"} if config.tie_embeddings else set()
         for name in sorted(found.keys() - shapes.keys() - derived):
             if not name.endswith(".rotary_emb.inv_freq"):
-                raise CheckpointError(f"{found[name][0]}: tensor {name} has no place in this Llama")
+                raise UserError(f"{found[name][0]}: tensor {name} has no place in this Llama")
         ours = {}
         for name, theirs in wanted.items():
             ours[name] = torch.cat([found[n][1].get_tensor(n).float() for n in theirs])
-    return ours | ({"head.weight": ours["embed.weight"]} if config.tie_embeddings else {})
+    return ours | ({"lm_head.weight": ours["embed.weight"]} if config.tie_embeddings else {})
 
 
 def _shards(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; other formats are not read")
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; other formats are not read")
     files = _json(folder / INDEX).get("weight_map")
     files = set(files.values()) if isinstance(files, dict) and all(isinstance(f, str) for f in files.values()) else set()
     if not files or any(Path(file).name != file for file in files):
-        raise CheckpointError(f"{folder / INDEX}: its weight_map does not name files of this folder")
+        raise UserError(f"{folder / INDEX}: its weight_map does not name files of this folder")
     return [folder / file for file in sorted(files)]
 
 
@@ -228,7 +229,5 @@ def _safetensors():
         import safetensors
         import safetensors.torch
     except ModuleNotFoundError:
-        raise CheckpointError(
-            "safetensors is not installed, and Hugging Face folders need it: pip install safetensors"
-        ) from None
+        raise UserError("safetensors is not installed, and Hugging Face folders need it: pip install safetensors") from None
     return safetensors

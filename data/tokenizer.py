@@ -1,7 +1,7 @@
 """Text <-> token ids: bytes, single characters, a sentencepiece model, tiktoken's ranks, or ids alone.
 
-A prepared folder names its vocabulary in meta.json (`to_meta`, `load`); a checkpoint carries the whole of it in plain
-values (`state`, `from_state`), so that it turns text into ids with no other file.
+A prepared folder names its tokenizer in meta.json; a checkpoint carries the whole of it in plain
+values (`state`, `tokenizer_from_state`), so that it turns text into ids with no other file.
 """
 
 import base64
@@ -15,18 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data.bins import DataError, load_meta
+from data.meta import load_meta
+from errors import UserError
 
 HEX = "0123456789abcdef"
 DOWNLOAD_SECONDS = 60  # after which a download of one or two MB counts as failed
 WHAT = "bytes, bpe, a file.model of sentencepiece, a file.tiktoken of ranks, or a tiktoken encoding such as gpt2"
-# GPT-2's, as tiktoken writes it: contractions, then words, numbers and signs, each with the space before it, then spaces.
+# GPT-2's, as tiktoken writes it: contractions, then tokenizer, numbers and signs, each with the space before it, then spaces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 LINES_CHARS = 1024  # of text that sentencepiece is given at once, where it makes no difference: it is faster with less
 GPT2_CHARS = 2**19  # at once: the pattern overflows its stack on 999,999 spaces before a letter
 
 
-class Vocab:
+class Tokenizer:
     """One interface to all kinds.
 
     size: how many ids there are; bos, eos: the ids that begin and end a document, or None;
@@ -55,7 +56,7 @@ class Vocab:
         return None
 
     def state(self) -> dict:
-        """Plain values, bytes among them, that from_state makes this vocabulary from."""
+        """Plain values, bytes among them, that tokenizer_from_state makes this vocabulary from."""
         return {"kind": self.kind} | ({"model": self.model} if self.file else {})
 
     def hex_ids(self) -> list[int] | None:
@@ -70,7 +71,7 @@ class Vocab:
         return [i for i in map(int, ids) if i < self.size and i not in self.special]
 
 
-class Bytes(Vocab):
+class Bytes(Tokenizer):
     """The 256 bytes of UTF-8, then bos."""
 
     kind, size, bos, special = "bytes", 257, 256, frozenset({256})
@@ -85,7 +86,7 @@ class Bytes(Vocab):
         return ord(c)
 
 
-class Chars(Vocab):
+class Chars(Tokenizer):
     """An alphabet of n characters, then bos: a-z A-Z 0-9 space and full stop first, then Chinese ones."""
 
     kind = "chars"
@@ -95,7 +96,7 @@ class Chars(Vocab):
     def __init__(self, alphabet: int):
         n = alphabet
         if not 1 <= n <= self.MOST:
-            raise DataError(f"--alphabet={n}: expected 1 to {self.MOST} characters")
+            raise UserError(f"--alphabet={n}: expected 1 to {self.MOST} characters")
         self.alphabet = self.FIRST[:n] + "".join(chr(0x4E00 + i) for i in range(len(self.FIRST), n))
         self.ids = {c: i for i, c in enumerate(self.alphabet)}
         self.bos, self.size, self.special = n, n + 1, frozenset({n})
@@ -105,7 +106,7 @@ class Chars(Vocab):
             return [self.ids[c] for c in text]
         except KeyError as e:
             shown = self.alphabet if len(self.alphabet) <= 64 else self.alphabet[:64] + "..."
-            raise DataError(f"character {e.args[0]!r} is not in the alphabet of {len(self.ids)}: {shown!r}") from None
+            raise UserError(f"character {e.args[0]!r} is not in the alphabet of {len(self.ids)}: {shown!r}") from None
 
     def decode(self, ids):
         return "".join(self.alphabet[i] for i in self._text_ids(ids))
@@ -117,7 +118,7 @@ class Chars(Vocab):
         return self.ids.get(c)
 
 
-class SentencePiece(Vocab):
+class SentencePiece(Tokenizer):
     """A sentencepiece model, from the bytes of its .model file. Encode whole documents: many models put a space first."""
 
     kind, file = "sentencepiece", "tokenizer.model"
@@ -128,7 +129,7 @@ class SentencePiece(Vocab):
         try:
             self.sp.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise DataError(f"{len(model)} bytes that are not a sentencepiece model") from None
+            raise UserError(f"{len(model)} bytes that are not a sentencepiece model") from None
         self.size = self.sp.vocab_size()
         self.bos, self.eos = (i if i >= 0 else None for i in (self.sp.bos_id(), self.sp.eos_id()))
         textless = (self.sp.is_control, self.sp.is_unknown, self.sp.is_unused)
@@ -177,10 +178,10 @@ class SentencePiece(Vocab):
         return None if i in self.special else i
 
 
-class Tiktoken(Vocab):
+class Tiktoken(Tokenizer):
     """GPT-2's byte-level BPE, from the bytes of a ranks file: a token in base64, a space and its rank on each line.
 
-    A ranks file does not name the pattern that splits text into words: it is GPT-2's here, as it is in all encodings of
+    A ranks file does not name the pattern that splits text into tokenizer: it is GPT-2's here, as it is in all encodings of
     tiktoken that fit uint16. bos is their <|endoftext|>: the one id up to the last rank, or next to it, that is no rank.
     That is 50256 in gpt2, after the last rank, and in p50k_base, among them. There is no eos, as bos marks the border
     between two documents. Text that reads <|endoftext|> is text like any other.
@@ -216,11 +217,11 @@ def _ranks(model: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise DataError(f"not a ranks file of tiktoken: line {number} is not a base64 token and its rank") from None
+            raise UserError(f"not a ranks file of tiktoken: line {number} is not a base64 token and its rank") from None
     if len(ranks) < len(lines) or len(set(range(len(lines) + 1)).difference(ranks.values())) != 1:
-        raise DataError(f"not a ranks file of tiktoken: its {len(lines)} ranks leave gaps, or some are there twice")
+        raise UserError(f"not a ranks file of tiktoken: its {len(lines)} ranks leave gaps, or some are there twice")
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise DataError(f"not a ranks file of tiktoken: it lacks {len(lacking)} of the 256 bytes, such as 0x{lacking[0]:02x}")
+        raise UserError(f"not a ranks file of tiktoken: it lacks {len(lacking)} of the 256 bytes, such as 0x{lacking[0]:02x}")
     return ranks
 
 
@@ -239,7 +240,7 @@ def _pieces(text: str):
     yield text[start:]
 
 
-class Ids(Vocab):
+class Ids(Tokenizer):
     """No text: what bins without a meta.json hold."""
 
     kind = "ids"
@@ -248,7 +249,7 @@ class Ids(Vocab):
         self.size = size
 
     def encode(self, text):
-        raise DataError("this data has no tokenizer (no meta.json beside its bins), so text cannot be turned into ids")
+        raise UserError("this data has no tokenizer (no meta.json beside its bins), so text cannot be turned into ids")
 
     def decode(self, ids):
         return " ".join(str(int(i)) for i in ids)
@@ -257,41 +258,41 @@ class Ids(Vocab):
         return {"kind": self.kind, "size": self.size}
 
 
-def named(name: str) -> Vocab:
+def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer=NAME means: any of WHAT but bpe, which data.prepare trains.
 
-    Raises DataError where there is no such tokenizer, where uint16 does not hold its ids, and where it has no bos.
+    Raises UserError where there is no such tokenizer, where uint16 does not hold its ids, and where it has no bos.
     """
     try:
         if name == "bytes":
             return Bytes()
         kind = {".model": SentencePiece, ".tiktoken": Tiktoken}.get(Path(name).suffix)
         if kind and not Path(name).is_file():
-            raise DataError("no such file")
-        words = kind(Path(name).read_bytes()) if kind else _encoding(name)
-        _fits(words.size)
-        if words.bos is None:
-            raise DataError("it has no bos, the id that begins a document here; name a model that was trained with one")
-    except DataError as e:
-        raise DataError(f"--tokenizer={name}: {e}") from None
-    return words
+            raise UserError("no such file")
+        tokenizer = kind(Path(name).read_bytes()) if kind else _encoding(name)
+        _fits(tokenizer.size)
+        if tokenizer.bos is None:
+            raise UserError("it has no bos, the id that begins a document here; name a model that was trained with one")
+    except UserError as e:
+        raise UserError(f"--tokenizer={name}: {e}") from None
+    return tokenizer
 
 
 def _fits(size: int):
     if size > 65536:
-        raise DataError(f"a vocabulary of {size:,} ids does not fit uint16, which holds 65,536; name a smaller one")
+        raise UserError(f"a vocabulary of {size:,} ids does not fit uint16, which holds 65,536; name a smaller one")
 
 
 def _encoding(name: str) -> Tiktoken:
     """tiktoken's encoding of that name, which tiktoken downloads on first use and keeps in its own cache."""
     try:
         tiktoken = _tiktoken()
-    except DataError as e:
-        raise DataError(f"expected {WHAT}; {e}") from None
+    except UserError as e:
+        raise UserError(f"expected {WHAT}; {e}") from None
     known = tiktoken.list_encoding_names()
     if name not in known:
         near = difflib.get_close_matches(name, ["bytes", "bpe", *known], cutoff=0.4)
-        raise DataError(f"expected {WHAT}" + (f"; the nearest names are {', '.join(near)}" if near else ""))
+        raise UserError(f"expected {WHAT}" + (f"; the nearest names are {', '.join(near)}" if near else ""))
     got = [TimeoutError(f"not done in {DOWNLOAD_SECONDS} s")]
 
     def get():
@@ -306,48 +307,48 @@ def _encoding(name: str) -> Tiktoken:
     thread.join(DOWNLOAD_SECONDS)
     if isinstance(encoding := got[-1], Exception):
         why = textwrap.shorten(f"{type(encoding).__name__}: {encoding}", 160)
-        raise DataError(
+        raise UserError(
             f"tiktoken cannot download it ({why}); bring its ranks file here by other means (gpt2's is "
             "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken), and pass --tokenizer=FILE.tiktoken"
         )
     _fits(encoding.max_token_value + 1)
     tokens = sorted((encoding.encode_single_token(token), token) for token in encoding.token_byte_values())
-    words = Tiktoken(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in tokens))
+    tokenizer = Tiktoken(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in tokens))
     probe = "I'll SHE'LL  12345\n\n\t\tdef f(x):\r\n  "
-    if encoding.special_tokens_set != {"<|endoftext|>"} or encoding.eot_token != words.bos:
-        raise DataError("it has other special tokens than <|endoftext|>; name gpt2, r50k_base or p50k_base")
-    if encoding.encode_ordinary(probe) != list(words.encode(probe)):
-        raise DataError("it splits text otherwise than GPT-2 does; name gpt2, r50k_base or p50k_base")
-    return words
+    if encoding.special_tokens_set != {"<|endoftext|>"} or encoding.eot_token != tokenizer.bos:
+        raise UserError("it has other special tokens than <|endoftext|>; name gpt2, r50k_base or p50k_base")
+    if encoding.encode_ordinary(probe) != list(tokenizer.encode(probe)):
+        raise UserError("it splits text otherwise than GPT-2 does; name gpt2, r50k_base or p50k_base")
+    return tokenizer
 
 
-def from_state(state: dict) -> Vocab:
+def tokenizer_from_state(state: dict) -> Tokenizer:
     kinds = {"bytes": Bytes, "chars": Chars, "sentencepiece": SentencePiece, "tiktoken": Tiktoken, "ids": Ids}
     kind = state.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
-        raise DataError(f"tokenizer kind {kind!r}: expected one of {', '.join(kinds)}")
+        raise UserError(f"tokenizer kind {kind!r}: expected one of {', '.join(kinds)}")
     values = {name: value for name, value in state.items() if name != "kind"}
     try:
         return kinds[kind](**values)
     except (TypeError, ValueError, AttributeError) as e:
-        if isinstance(e, DataError):
+        if isinstance(e, UserError):
             raise
-        raise DataError(f"tokenizer of kind {kind!r}: {', '.join(values) or 'nothing'} cannot be read") from None
+        raise UserError(f"tokenizer of kind {kind!r}: {', '.join(values) or 'nothing'} cannot be read") from None
 
 
-def to_meta(vocab: Vocab) -> tuple[dict, dict[str, bytes]]:
+def tokenizer_to_meta(tokenizer: Tokenizer) -> tuple[dict, dict[str, bytes]]:
     """A vocabulary's entry in meta.json, and the files that lie beside it."""
-    state = vocab.state()
+    state = tokenizer.state()
     if "model" not in state:
         return state, {}
     model = state.pop("model")
-    return state | {"file": vocab.file, "sha256": hashlib.sha256(model).hexdigest()}, {vocab.file: model}
+    return state | {"file": tokenizer.file, "sha256": hashlib.sha256(model).hexdigest()}, {tokenizer.file: model}
 
 
-def load(folder, size: int = 65536) -> Vocab:
+def load_tokenizer(folder, size: int = 65536) -> Tokenizer:
     """The vocabulary of a prepared folder; Ids(size) where it has no meta.json.
 
-    Raises DataError where the tokenizer's file is missing or is not the one that the bins were made with.
+    Raises UserError where the tokenizer's file is missing or is not the one that the bins were made with.
     """
     meta = load_meta(folder)
     if meta is None:
@@ -356,12 +357,12 @@ def load(folder, size: int = 65536) -> Vocab:
     if "file" in entry:
         path, stated = Path(folder) / entry.pop("file"), entry.pop("sha256")
         if not path.is_file():
-            raise DataError(f"{path}: no such file; the bins beside it were made with it: prepare the folder again")
+            raise UserError(f"{path}: no such file; the bins beside it were made with it: prepare the folder again")
         entry["model"] = path.read_bytes()
         found = hashlib.sha256(entry["model"]).hexdigest()
         if found != stated:
-            raise DataError(f"{path}: sha256 {found}, but meta.json states {stated}: it is not the tokenizer of these bins")
-    return from_state(entry)
+            raise UserError(f"{path}: sha256 {found}, but meta.json states {stated}: it is not the tokenizer of these bins")
+    return tokenizer_from_state(entry)
 
 
 def sentencepiece():
@@ -369,7 +370,7 @@ def sentencepiece():
     try:
         import sentencepiece
     except ModuleNotFoundError:
-        raise DataError("sentencepiece is not installed, and this tokenizer needs it: pip install sentencepiece") from None
+        raise UserError("sentencepiece is not installed, and this tokenizer needs it: pip install sentencepiece") from None
     return sentencepiece
 
 
@@ -377,5 +378,5 @@ def _tiktoken():
     try:
         import tiktoken
     except ModuleNotFoundError:
-        raise DataError("tiktoken is not installed, and this tokenizer needs it: pip install tiktoken") from None
+        raise UserError("tiktoken is not installed, and this tokenizer needs it: pip install tiktoken") from None
     return tiktoken

@@ -8,6 +8,8 @@ import itertools
 
 import numpy as np
 
+from measures.statistics import interval
+
 
 def onset(rows: list[dict], threshold: float, name: str = "copy_exact_full", axis: str = "step") -> float | None:
     """Where on `axis` the rows, in order, first have `name` at or above the threshold twice running; None: nowhere."""
@@ -19,13 +21,6 @@ def at_the_end(rows: list[dict], name: str) -> float:
     """The mean of `name` over the last fifth of the rows that have it."""
     values = [row[name] for row in rows if name in row]
     return float(np.mean(values[-max(len(values) // 5, 1) :]))
-
-
-def interval(values, draws: int = 2000) -> list[float]:
-    """The 95% bootstrap interval of the mean of values (n,): of n drawn with replacement, with a fixed seed."""
-    values = np.asarray(values, dtype=float)
-    drawn = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
-    return [float(x) for x in np.quantile(drawn, (0.025, 0.975))]
 
 
 def difference(name: str, pairs: list[tuple[list[dict], list[dict]]]) -> dict:

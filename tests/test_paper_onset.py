@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from measures.onset import at_the_end, difference, exponents, interval, onset
+from paper.onset import at_the_end, difference, exponents, interval, onset
 
 
 def rows(*values, every=100):

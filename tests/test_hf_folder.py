@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_copy
-from data import vocab
+from config import ROOT, Config
+from data.tokenizer import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
+from errors import UserError
+from hf import export
+from hf import folder as huggingface
 from kernels import eager
 from model import Llama, LlamaConfig
-from runtime import checkpoint, export, huggingface
-from runtime.checkpoint import CheckpointError
-from runtime.config import ROOT, Config
-from tests.test_data_vocab import ANY_TEXT, NASTY, TOKENS, ranks
+from runtime import checkpoint
+from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: Hugging Face folders need it")
 
@@ -39,15 +41,15 @@ def transformers():
     return pytest.importorskip("transformers", reason="transformers is not installed: what it makes of a folder is untested")
 
 
-def saved(path, words, step=7, seed=0, **shape):
+def saved(path, tokenizer, step=7, seed=0, **shape):
     """A checkpoint of a model whose weights are large enough for the logits to differ; returns the model."""
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(**SHAPE | shape | {"vocab_size": words.size}), eager).eval()
+    model = Llama(LlamaConfig(**SHAPE | shape | {"vocab_size": tokenizer.size}), eager).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5) if p.dim() > 1 else p.add_(torch.randn_like(p) / 4)
     config = dataclasses.asdict(Config(**dataclasses.asdict(model.config)))
-    state = {"model": model.state_dict(), "step": step, "config": config, "tokenizer": words.state()}
+    state = {"model": model.state_dict(), "step": step, "config": config, "tokenizer": tokenizer.state()}
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, state)
     return model
@@ -55,7 +57,7 @@ def saved(path, words, step=7, seed=0, **shape):
 
 @pytest.fixture
 def folder(tmp_path):
-    saved(tmp_path / "run/ckpt.pt", vocab.Bytes())
+    saved(tmp_path / "run/ckpt.pt", Bytes())
     export.export(tmp_path / "run", tmp_path / "out")
     return tmp_path / "out"
 
@@ -74,7 +76,7 @@ CLOSE = dict(rtol=0, atol=3e-6)
 @each_shape
 @torch.no_grad()
 def test_transformers_gives_the_logits_of_what_is_exported(transformers, tmp_path, shape):
-    model, tokens = saved(tmp_path / "run/ckpt.pt", vocab.Bytes(), **shape), some_tokens()
+    model, tokens = saved(tmp_path / "run/ckpt.pt", Bytes(), **shape), some_tokens()
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     theirs, loading = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading
@@ -93,21 +95,21 @@ def test_what_transformers_saves_is_read_to_the_same_logits(transformers, tmp_pa
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**names, rope_parameters=rope, initializer_range=0.1))
     theirs.eval().save_pretrained(tmp_path / "hf", max_shard_size=shard)
     assert (tmp_path / "hf" / huggingface.INDEX).exists() == (shard == "20KB")
-    model, words, step = eval_copy.load(tmp_path / "hf", device="cpu")
-    assert (model.config, words.kind, words.size, step) == (c, "ids", 257, 0)
+    model, tokenizer, step = eval_copy.load(tmp_path / "hf", device="cpu")
+    assert (model.config, tokenizer.kind, tokenizer.size, step) == (c, "ids", 257, 0)
     torch.testing.assert_close(model(some_tokens()), theirs(some_tokens()).logits, **CLOSE)
 
 
 @each_shape
 @torch.no_grad()
 def test_an_exported_checkpoint_comes_back_bit_for_bit(tmp_path, shape):
-    model = saved(tmp_path / "run/ckpt.pt", vocab.Chars(20), **shape)
+    model = saved(tmp_path / "run/ckpt.pt", Chars(20), **shape)
     export.export(tmp_path / "run/ckpt.pt", tmp_path / "out")
     state, before = huggingface.load(tmp_path / "out"), huggingface.load(tmp_path / "run")
     assert state["model"].keys() == before["model"].keys() and state["tokenizer"] == before["tokenizer"]
     assert all(torch.equal(state["model"][name], w) for name, w in before["model"].items())
-    again, words, step = eval_copy.load(tmp_path / "out", device="cpu")
-    assert again.config == model.config and step == 0 and words.encode("abc") == [0, 1, 2]
+    again, tokenizer, step = eval_copy.load(tmp_path / "out", device="cpu")
+    assert again.config == model.config and step == 0 and tokenizer.encode("abc") == [0, 1, 2]
     assert torch.equal(again(some_tokens(21)), model(some_tokens(21)))
     assert eval_copy.main([str(tmp_path / "out"), "--samples=2", "--device=cpu"]) == 0
 
@@ -145,69 +147,69 @@ def test_shards_and_what_old_folders_leave_out_or_keep_are_read(folder):
 
 
 @pytest.fixture(scope="module", params=["bytes", "chars", "bpe", "llama", "no byte fallback", "tiktoken"])
-def words(request, corpus, bpe):
+def tokenizer(request, corpus, bpe):
     if request.param in ("llama", "no byte fallback"):
         file = io.BytesIO()
         options = dict(model_type="bpe", vocab_size=500, normalization_rule_name="identity", remove_extra_whitespaces=False)
         options |= dict(byte_fallback=request.param == "llama", num_threads=1, minloglevel=2)
-        lines = iter("\n".join([*corpus, vocab.HEX]).split("\n"))
+        lines = iter("\n".join([*corpus, HEX]).split("\n"))
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=file, **options)
-        return vocab.SentencePiece(file.getvalue())
+        return SentencePiece(file.getvalue())
     if request.param == "bpe":
-        return vocab.SentencePiece(bpe)
-    return {"bytes": vocab.Bytes(), "chars": vocab.Chars(80), "tiktoken": vocab.Tiktoken(ranks(TOKENS))}[request.param]
+        return SentencePiece(bpe)
+    return {"bytes": Bytes(), "chars": Chars(80), "tiktoken": Tiktoken(ranks(TOKENS))}[request.param]
 
 
 @pytest.fixture(scope="module")
-def both(words, transformers, tmp_path_factory):
+def both(tokenizer, transformers, tmp_path_factory):
     """A vocabulary, and what AutoTokenizer makes of it."""
     path = tmp_path_factory.mktemp("tokenizer")
-    saved(path / "run/ckpt.pt", words)
+    saved(path / "run/ckpt.pt", tokenizer)
     export.export(path / "run", path / "out")
-    return words, transformers.AutoTokenizer.from_pretrained(path / "out")
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(path / "out")
 
 
-def texts(words):
-    return ["", "text to go on with", words.alphabet] if words.kind == "chars" else NASTY
+def texts(tokenizer):
+    return ["", "text to go on with", tokenizer.alphabet] if tokenizer.kind == "chars" else NASTY
 
 
 def test_autotokenizer_gives_our_ids_with_bos_before_them_and_the_same_text_back(both):
-    words, theirs = both
-    assert (len(theirs), theirs.bos_token_id, theirs.eos_token_id) == (words.size, words.bos, words.eos)
-    for text in texts(words):
-        ids = [int(i) for i in words.encode(text)]
+    tokenizer, theirs = both
+    assert (len(theirs), theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.size, tokenizer.bos, tokenizer.eos)
+    for text in texts(tokenizer):
+        ids = [int(i) for i in tokenizer.encode(text)]
         assert theirs.encode(text, add_special_tokens=False) == ids, text
-        assert theirs(text).input_ids == [words.bos, *ids], text
-        assert theirs.decode(ids, skip_special_tokens=True) == words.decode(ids), text
+        assert theirs(text).input_ids == [tokenizer.bos, *ids], text
+        assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids), text
 
 
 @settings(derandomize=True, deadline=None, database=None, max_examples=100)
 @given(text=ANY_TEXT, some=st.lists(st.sampled_from([" the", "th", "a", "b", "    ", "\r\n", "你", "12", "\t", "lo", "xx"])))
 def test_autotokenizer_gives_our_ids_of_any_text(both, text, some):
-    words, theirs = both
-    for whole in ["".join(some)] if words.kind == "chars" else [text, "".join(some), "".join(some) + text]:
-        whole = "".join(c for c in whole if c in words.alphabet) if words.kind == "chars" else whole
-        assert theirs.encode(whole, add_special_tokens=False) == [int(i) for i in words.encode(whole)]
+    tokenizer, theirs = both
+    for whole in ["".join(some)] if tokenizer.kind == "chars" else [text, "".join(some), "".join(some) + text]:
+        whole = "".join(c for c in whole if c in tokenizer.alphabet) if tokenizer.kind == "chars" else whole
+        assert theirs.encode(whole, add_special_tokens=False) == [int(i) for i in tokenizer.encode(whole)]
 
 
 def test_autotokenizer_gives_our_ids_of_whole_documents(both, corpus):
-    words, theirs = both
-    if words.kind != "chars":
+    tokenizer, theirs = both
+    if tokenizer.kind != "chars":
         for text in corpus + [(ROOT / "train.py").read_text()]:
-            assert theirs.encode(text, add_special_tokens=False) == [int(i) for i in words.encode(text)]
+            assert theirs.encode(text, add_special_tokens=False) == [int(i) for i in tokenizer.encode(text)]
 
 
 def test_a_character_outside_the_alphabet_is_an_error_there_too(both):
-    words, theirs = both
-    if words.kind == "chars":
+    tokenizer, theirs = both
+    if tokenizer.kind == "chars":
         with pytest.raises(Exception, match="(?i)wordlevel error"):
             theirs.encode("a\nb")
 
 
-def test_each_tokenizer_comes_back_as_it_was(words, tmp_path):
-    saved(tmp_path / "run/ckpt.pt", words)
+def test_each_tokenizer_comes_back_as_it_was(tokenizer, tmp_path):
+    saved(tmp_path / "run/ckpt.pt", tokenizer)
     export.export(tmp_path / "run", tmp_path / "out")
-    assert huggingface.read(tmp_path / "out")["tokenizer"] == words.state()
+    assert huggingface.read(tmp_path / "out")["tokenizer"] == tokenizer.state()
     assert (tmp_path / "out/tokenizer.json").exists()
 
 
@@ -220,7 +222,7 @@ def test_a_sentencepiece_model_without_an_equal_is_left_as_it_is_and_said(option
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines, model_writer=file, byte_fallback=True, num_threads=1, minloglevel=2, **options
     )
-    saved(tmp_path / "run/ckpt.pt", vocab.SentencePiece(file.getvalue()))
+    saved(tmp_path / "run/ckpt.pt", SentencePiece(file.getvalue()))
     assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     assert "use the sentencepiece package with its tokenizer.model" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
@@ -228,7 +230,7 @@ def test_a_sentencepiece_model_without_an_equal_is_left_as_it_is_and_said(option
 
 
 def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
-    saved(tmp_path / "ckpt.pt", vocab.Ids(50))
+    saved(tmp_path / "ckpt.pt", Ids(50))
     assert export.main([str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
     assert "no tokenizer was written: the checkpoint's is of kind ids; pass token ids" in capsys.readouterr().out
     assert huggingface.read(tmp_path / "out")["tokenizer"] == {"kind": "ids", "size": 50}
@@ -238,7 +240,7 @@ def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
 
 
 def line(folder):
-    with pytest.raises(CheckpointError) as e:
+    with pytest.raises(UserError) as e:
         huggingface.load(folder)
     assert "\n" not in str(e.value) and str(folder) in str(e.value)
     return str(e.value)
@@ -303,12 +305,12 @@ def test_damaged_missing_and_foreign_files_are_refused_in_one_line(folder):
 
 def test_without_the_package_one_line_names_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(CheckpointError, match="pip install safetensors"):
+    with pytest.raises(UserError, match="pip install safetensors"):
         huggingface.read(folder)
 
 
 def test_a_run_directory_is_no_hugging_face_folder(tmp_path):
-    saved(tmp_path / "run/ckpt.pt", vocab.Bytes())
+    saved(tmp_path / "run/ckpt.pt", Bytes())
     (tmp_path / "run/config.json").write_text('{"dim": 32}')
     assert huggingface.load(tmp_path / "run")["step"] == 7
     (tmp_path / "run/ckpt.pt").unlink()
@@ -316,7 +318,7 @@ def test_a_run_directory_is_no_hugging_face_folder(tmp_path):
 
 
 def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
-    saved(tmp_path / "ckpt.pt", vocab.Bytes())
+    saved(tmp_path / "ckpt.pt", Bytes())
     path, out = str(tmp_path / "ckpt.pt"), tmp_path / "new/out"
     with monkeypatch.context() as m:
         m.setattr(huggingface, "_config_json", lambda *_: 1 / 0)
@@ -338,8 +340,8 @@ def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsy
 
 
 def test_the_command_runs_from_the_projects_root(tmp_path):
-    saved(tmp_path / "ckpt.pt", vocab.Bytes())
-    argv = [sys.executable, "-m", "runtime.export", str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]
+    saved(tmp_path / "ckpt.pt", Bytes())
+    argv = [sys.executable, "-m", "hf.export", str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "AutoTokenizer.from_pretrained" in done.stdout

@@ -6,8 +6,9 @@ import time
 from collections import Counter
 
 from data import sources
-from data.bins import SPLITS, DataError
+from data.meta import SPLITS
 from data.writer import Writer
+from errors import UserError
 
 SAVE_SECONDS = 10  # between two points to go on from
 
@@ -55,7 +56,7 @@ class Tally:
         self.writer.save(state | {"at": (self.part, self.taken, self.read)})
 
     def finish(self):
-        """Says what was left out or will not decode as it was. Raises DataError where a split got no document."""
+        """Says what was left out or will not decode as it was. Raises UserError where a split got no document."""
         self.show(last=True)
         for reason, n in self.dropped.items():
             if n:
@@ -88,17 +89,17 @@ class Tally:
 
 
 def check_splits(counts: dict, dropped: dict, lowest: float, val_fraction: float):
-    """Raises DataError where a split got no document. lowest: the least place that occurred."""
+    """Raises UserError where a split got no document. lowest: the least place that occurred."""
     docs = {split: counts[split]["docs"] for split in SPLITS}
     total = sum(docs.values())
     if total == 0:
-        raise DataError(f"no documents; left out: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}")
+        raise UserError(f"no documents; left out: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}")
     if total == 1:
-        raise DataError("one document cannot be split into train and val: name more files, or a longer one")
+        raise UserError("one document cannot be split into train and val: name more files, or a longer one")
     if docs["val"] == 0:
         enough = math.ceil(lowest * 1000 + 1e-9) / 1000
-        raise DataError(f"val.bin would be empty: none of {total} documents fell to it; pass --val_fraction={enough}")
+        raise UserError(f"val.bin would be empty: none of {total} documents fell to it; pass --val_fraction={enough}")
     if docs["train"] == 0:
-        raise DataError(
+        raise UserError(
             f"train.bin would be empty: --val_fraction={val_fraction} takes all {total} documents; pass a smaller one"
         )

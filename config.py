@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parent.parent
+from errors import UserError
+
+ROOT = Path(__file__).resolve().parent
 PATHS = ("data", "out_dir", "init_from")
 # What may differ between a checkpoint and the run that goes on from it: none of these changes a finished update.
 MAY_CHANGE = {
@@ -27,10 +29,6 @@ MAY_CHANGE = {
     "micro_batch_size",
     "init_from",  # read by a new run alone; one that is named, and is not what the run began from, train.resume refuses
 }  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used. The message is one line: the setting, its value and what to write instead."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,18 +148,18 @@ class Config(ModelConfig):
 
 def _check(config, name: str, ok: bool, rule: str):
     if not ok:
-        raise ConfigError(f"{name}={getattr(config, name)}: {rule}")
+        raise UserError(f"{name}={getattr(config, name)}: {rule}")
 
 
 def load(argv: list[str]) -> Config:
     """The config of `[CONFIG.py] [--name=value ...]`; llama162m where no file is named.
 
     A relative path in a file is taken from the project's root, one on the command line from the current folder.
-    Raises ConfigError for a name that is not a setting, a value of the wrong type, or a file that cannot be run.
+    Raises UserError for a name that is not a setting, a value of the wrong type, or a file that cannot be run.
     """
     files = [a for a in argv if not a.startswith("-")]
     if len(files) > 1:
-        raise ConfigError(f"{' '.join(files)}: one config file at a time; settings are written --name=value")
+        raise UserError(f"{' '.join(files)}: one config file at a time; settings are written --name=value")
     path = Path(files[0]) if files else ROOT / "configs/llama162m.py"
     values = read_file(path)
     values["out_dir"] = values.get("out_dir") or f"runs/{path.stem}"
@@ -171,7 +169,7 @@ def load(argv: list[str]) -> Config:
         if arg.startswith("-"):
             name, equals, text = arg.removeprefix("--").partition("=")
             if not equals:
-                raise ConfigError(f"{arg}: settings are written --name=value")
+                raise UserError(f"{arg}: settings are written --name=value")
             values[name] = parse(name, text)
     return from_dict(values)
 
@@ -189,12 +187,12 @@ def read_file(path: Path) -> dict:
     """The names that a config file assigns. Names that begin with _ and imported modules are its own."""
     if not path.is_file():
         have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
-        raise ConfigError(f"{path}: no such config file; here are {have}")
+        raise UserError(f"{path}: no such config file; here are {have}")
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
         line = next((f":{t.lineno}" for t in reversed(_frames(e)) if t.filename == str(path)), "")
-        raise ConfigError(f"{path}{line}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{path}{line}: {type(e).__name__}: {e}") from None
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))}
 
 
@@ -207,13 +205,13 @@ def from_dict(values: dict) -> Config:
     for name, value in values.items():
         kind = _kind(name)
         if type(value) is int and abs(value) >= 2**31:
-            raise ConfigError(f"{name}: must be below 2^31")
+            raise UserError(f"{name}: must be below 2^31")
         if kind is float and type(value) is int:
             values = values | {name: float(value)}
         elif typing.get_origin(kind) is Literal:
             _one_of(name, value, typing.get_args(kind))
         elif type(value) is not kind:
-            raise ConfigError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
+            raise UserError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
     return Config(**values)
 
 
@@ -221,7 +219,7 @@ def from_checkpoint(values: dict) -> Config:
     """from_dict, of values that name the whole shape of a model: a default would stand for weights of another one."""
     for shape in dataclasses.fields(ModelConfig):
         if shape.name not in values:
-            raise ConfigError(f"{shape.name}: not among its settings")
+            raise UserError(f"{shape.name}: not among its settings")
     return from_dict(values)
 
 
@@ -234,7 +232,7 @@ def parse(name: str, text: str):
         with contextlib.suppress(ValueError):
             return number(text)
     if kind is not str and not typing.get_args(kind):
-        raise ConfigError(f"{name}={text}: expected {kind.__name__}")
+        raise UserError(f"{name}={text}: expected {kind.__name__}")
     return text
 
 
@@ -250,13 +248,13 @@ def _kind(name: str):
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
-        raise ConfigError(f"{name}: no such setting; {hint}")
+        raise UserError(f"{name}: no such setting; {hint}")
     return kinds[name]
 
 
 def _one_of(name: str, value, choices):
     if value not in choices:
-        raise ConfigError(f"{name}={value}: expected one of {', '.join(choices)}")
+        raise UserError(f"{name}={value}: expected one of {', '.join(choices)}")
     return value
 
 
@@ -267,7 +265,7 @@ def from_command_line(argv: list[str]) -> Config:
         sys.exit(0)
     try:
         return load(argv)
-    except ConfigError as e:
+    except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(e, file=sys.stderr)
         sys.exit(2)

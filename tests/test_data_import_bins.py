@@ -6,14 +6,16 @@ import pytest
 import torch
 
 import train
-from data import vocab
-from data.adopt import adopt
-from data.bins import Bin, DataError, fingerprint, load_meta
+from config import from_dict
+from data.bins import Bin, fingerprint
+from data.import_bins import import_bins
+from data.meta import load_meta
 from data.prepare import prepare
+from data.tokenizer import load_tokenizer
+from errors import UserError
 from runtime import distributed, metrics
-from runtime.config import from_dict
 from tests.test_data_bins import headed, plain
-from tests.test_data_vocab import TOKENS, ranks
+from tests.test_data_tokenizer import TOKENS, ranks
 
 SIZES = {"train": 3000, "val": 500}
 
@@ -46,7 +48,7 @@ def test_others_bins_get_a_meta_json_that_says_what_they_hold(folder, capsys):
     meta = load_meta(folder)
     assert {split: meta["splits"][split]["tokens"] for split in SIZES} == SIZES
     assert {split: meta["splits"][split]["docs"] for split in SIZES} == {"train": 150, "val": 25}
-    assert meta["vocab_size"] == 257 and vocab.load(folder).decode(b"abc") == "abc"
+    assert meta["vocab_size"] == 257 and load_tokenizer(folder).decode(b"abc") == "abc"
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name in before} == before
     for split in SIZES:
         bin = Bin(folder / f"{split}.bin", 10, 257)
@@ -62,7 +64,7 @@ def test_a_run_trains_on_them_with_a_meta_json_and_without(folder, settings):
         assert train.train(config, distributed.World(0, 1, torch.device("cpu"))) == 0
         losses.append([row["loss"] for row in metrics.read(Path(config.out_dir) / "metrics.jsonl") if "loss" in row])
         if name == "without":
-            adopt(folder, "bytes")
+            import_bins(folder, "bytes")
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
@@ -72,26 +74,26 @@ def test_the_same_tokens_have_one_fingerprint_however_they_are_cut(tmp_path):
         for i, part in enumerate(np.split(np.arange(1000) % 256, cuts)):
             headed(tmp_path / name / f"a_train_{i}.bin", part)
         plain(tmp_path / name / "val.bin", range(50))
-        adopt(tmp_path / name)
+        import_bins(tmp_path / name)
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "many")
 
 
 def test_the_tokenizer_lies_beside_them_or_is_unknown(folder, tmp_path):
     folder, _ = folder
     (tmp_path / "gpt.tiktoken").write_bytes(ranks(TOKENS))
-    adopt(folder, str(tmp_path / "gpt.tiktoken"))
-    assert vocab.load(folder).kind == "tiktoken" and vocab.load(folder).decode([65, 66]) == "AB"
-    with pytest.raises(DataError, match="has a meta.json already"):
-        adopt(folder)
+    import_bins(folder, str(tmp_path / "gpt.tiktoken"))
+    assert load_tokenizer(folder).kind == "tiktoken" and load_tokenizer(folder).decode([65, 66]) == "AB"
+    with pytest.raises(UserError, match="has a meta.json already"):
+        import_bins(folder)
     (folder / "meta.json").unlink()
-    adopt(folder)
+    import_bins(folder)
     assert json.loads((folder / "meta.json").read_text())["tokenizer"] == {"kind": "ids", "size": 257}
 
 
 def test_what_is_no_dataset_is_refused_and_nothing_written(tmp_path):
     def refused(message, *argv):
         before = sorted(tmp_path.iterdir())
-        with pytest.raises(DataError, match=message) as e:
+        with pytest.raises(UserError, match=message) as e:
             prepare(["from-bin", str(tmp_path), *argv])
         assert "\n" not in str(e.value) and sorted(tmp_path.iterdir()) == before
 

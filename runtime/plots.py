@@ -1,4 +1,4 @@
-"""The pictures. Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles survive greyscale."""
+"""The plots. Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles survive greyscale."""
 
 from pathlib import Path
 

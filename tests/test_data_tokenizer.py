@@ -14,9 +14,23 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import vocab
-from data.bins import DataError
+import data.tokenizer as tokenizer_module
+from data.tokenizer import (
+    GPT2_PATTERN,
+    HEX,
+    Bytes,
+    Chars,
+    Ids,
+    SentencePiece,
+    Tiktoken,
+    _pieces,
+    get_tokenizer,
+    load_tokenizer,
+    tokenizer_from_state,
+    tokenizer_to_meta,
+)
 from data.writer import Writer
+from errors import UserError
 
 NASTY = [
     "", " ", "  x  ", "a\tb\r\nc\n\n    d", " " * 50, "\n" * 20, "x" * 500, "\0\x01\x7f", "🙂👩‍👩‍👧",
@@ -38,8 +52,8 @@ def model(corpus):
     def train(**options):
         file = io.BytesIO()
         llama = dict(model_type="bpe", vocab_size=500, normalization_rule_name="identity", remove_extra_whitespaces=False)
-        llama |= dict(split_digits=True, byte_fallback=True, required_chars=vocab.HEX, num_threads=1, minloglevel=2)
-        lines = iter("\n".join([*corpus, *vocab.HEX]).split("\n"))
+        llama |= dict(split_digits=True, byte_fallback=True, required_chars=HEX, num_threads=1, minloglevel=2)
+        lines = iter("\n".join([*corpus, *HEX]).split("\n"))
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=file, **llama | options)
         return file.getvalue()
 
@@ -48,7 +62,7 @@ def model(corpus):
 
 @pytest.fixture(scope="module")
 def llama(model):
-    return vocab.SentencePiece(model())
+    return SentencePiece(model())
 
 
 def ranks(tokens, ids=None) -> bytes:
@@ -61,59 +75,57 @@ TOKENS += ["你".encode()[:2]] + [merge.encode() for merge in MERGES if len(merg
 
 
 @pytest.fixture(scope="module", params=["bytes", "chars", "many chars", "sentencepiece", "llama", "tiktoken"])
-def words(request):
+def tokenizer(request):
     if request.param == "sentencepiece":
-        return vocab.SentencePiece(request.getfixturevalue("bpe"))
+        return SentencePiece(request.getfixturevalue("bpe"))
     if request.param == "llama":
         return request.getfixturevalue("llama")
     if request.param == "tiktoken":
-        return vocab.Tiktoken(ranks(TOKENS))
-    return {"bytes": vocab.Bytes(), "chars": vocab.Chars(64), "many chars": vocab.Chars(20000)}[request.param]
+        return Tiktoken(ranks(TOKENS))
+    return {"bytes": Bytes(), "chars": Chars(64), "many chars": Chars(20000)}[request.param]
 
 
-def texts(words):
-    return ["", "text to go on with", words.alphabet] if words.kind == "chars" else NASTY
+def texts(tokenizer):
+    return ["", "text to go on with", tokenizer.alphabet] if tokenizer.kind == "chars" else NASTY
 
 
-def test_decode_undoes_encode(words):
-    for text in texts(words):
-        ids = words.encode(text)
-        assert all(0 <= i < words.size and i not in words.special for i in ids), text
-        assert words.decode(ids) == text
+def test_decode_undoes_encode(tokenizer):
+    for text in texts(tokenizer):
+        ids = tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.size and i not in tokenizer.special for i in ids), text
+        assert tokenizer.decode(ids) == text
 
 
 @repeatable
 @given(text=ANY_TEXT, places=st.lists(st.integers(0, 10**9)))
-def test_decode_undoes_encode_of_any_text(words, text, places):
-    if words.kind == "chars":
-        text = "".join(words.alphabet[i % len(words.alphabet)] for i in places)
-    ids = words.encode(text)
-    assert words.lossless and all(0 <= i < words.size and i not in words.special for i in ids)
-    if words.kind == "sentencepiece":
-        assert words.decode(ids) == text.replace("\u2581", " ")
+def test_decode_undoes_encode_of_any_text(tokenizer, text, places):
+    if tokenizer.kind == "chars":
+        text = "".join(tokenizer.alphabet[i % len(tokenizer.alphabet)] for i in places)
+    ids = tokenizer.encode(text)
+    assert tokenizer.lossless and all(0 <= i < tokenizer.size and i not in tokenizer.special for i in ids)
+    if tokenizer.kind == "sentencepiece":
+        assert tokenizer.decode(ids) == text.replace("\u2581", " ")
     else:
-        assert words.decode(ids) == text and words.altered(text, ids) is None
+        assert tokenizer.decode(ids) == text and tokenizer.altered(text, ids) is None
 
 
 @pytest.fixture(scope="module", params=["bpe", "llama", "unigram", "across lines", "normalised"])
 def sp(request, model):
     if request.param in ("bpe", "llama"):
-        return (
-            vocab.SentencePiece(request.getfixturevalue("bpe")) if request.param == "bpe" else request.getfixturevalue("llama")
-        )
+        return SentencePiece(request.getfixturevalue("bpe")) if request.param == "bpe" else request.getfixturevalue("llama")
     options = {
         "llama": {},
         "unigram": dict(model_type="unigram"),
         "across lines": dict(user_defined_symbols=["a\nb", "\n\n"]),
         "normalised": dict(normalization_rule_name="nmt_nfkc"),
     }
-    return vocab.SentencePiece(model(**options[request.param]))
+    return SentencePiece(model(**options[request.param]))
 
 
 @repeatable
 @given(text=ANY_TEXT, words=st.lists(st.sampled_from(["\n", "\n\n", " the", "th", "a", "b", "    ", "\r\n", "你", "12", "\t"])))
 def test_encoding_between_line_ends_gives_the_ids_of_the_whole(sp, text, words):
-    with unittest.mock.patch.object(vocab, "LINES_CHARS", 2):
+    with unittest.mock.patch.object(tokenizer_module, "LINES_CHARS", 2):
         for whole in (text, "".join(words), "".join(words) + text + "".join(words)):
             assert sp.encode(whole) == sp.sp.encode(whole)
 
@@ -123,54 +135,56 @@ def test_text_is_cut_for_models_of_bpe_alone_that_keep_lines_apart(sp, request):
     assert sp._dummies == cuts[request.node.callspec.params["sp"]]
 
 
-def test_decode_skips_special_ids_and_ids_that_only_a_padded_model_has(words):
-    ids = list(words.encode("abc"))
-    assert words.decode([words.bos, *ids[:1], *words.special, words.size, 65535, *ids[1:], words.bos]) == "abc"
+def test_decode_skips_special_ids_and_ids_that_only_a_padded_model_has(tokenizer):
+    ids = list(tokenizer.encode("abc"))
+    assert (
+        tokenizer.decode([tokenizer.bos, *ids[:1], *tokenizer.special, tokenizer.size, 65535, *ids[1:], tokenizer.bos]) == "abc"
+    )
 
 
-def test_bos_is_special_and_inside_the_vocabulary(words):
-    assert words.bos in words.special and max(words.special) < words.size
+def test_bos_is_special_and_inside_the_vocabulary(tokenizer):
+    assert tokenizer.bos in tokenizer.special and max(tokenizer.special) < tokenizer.size
 
 
-def test_state_is_plain_and_makes_the_same_vocabulary(words):
-    assert all(type(value) in (str, int, bytes) for value in words.state().values())
-    again = vocab.from_state(words.state())
-    assert (again.kind, again.size, again.bos, again.eos) == (words.kind, words.size, words.bos, words.eos)
-    assert again.special == words.special and again.hex_ids() == words.hex_ids()
-    for text in texts(words):
-        assert list(again.encode(text)) == list(words.encode(text))
+def test_state_is_plain_and_makes_the_same_vocabulary(tokenizer):
+    assert all(type(value) in (str, int, bytes) for value in tokenizer.state().values())
+    again = tokenizer_from_state(tokenizer.state())
+    assert (again.kind, again.size, again.bos, again.eos) == (tokenizer.kind, tokenizer.size, tokenizer.bos, tokenizer.eos)
+    assert again.special == tokenizer.special and again.hex_ids() == tokenizer.hex_ids()
+    for text in texts(tokenizer):
+        assert list(again.encode(text)) == list(tokenizer.encode(text))
 
 
-def test_hex_ids_are_the_sixteen_characters(words):
-    ids = words.hex_ids()
-    assert len(set(ids)) == 16 and not words.special & set(ids)
-    assert [words.decode([i]) for i in ids] == list("0123456789abcdef")
+def test_hex_ids_are_the_sixteen_characters(tokenizer):
+    ids = tokenizer.hex_ids()
+    assert len(set(ids)) == 16 and not tokenizer.special & set(ids)
+    assert [tokenizer.decode([i]) for i in ids] == list("0123456789abcdef")
 
 
 def test_hex_ids_are_none_where_a_character_is_no_token():
-    assert vocab.Chars(61).hex_ids() is None  # a-z A-Z 0-8
-    assert vocab.Chars(62).hex_ids() is not None
-    assert vocab.Ids(50257).hex_ids() is None
+    assert Chars(61).hex_ids() is None  # a-z A-Z 0-8
+    assert Chars(62).hex_ids() is not None
+    assert Ids(50257).hex_ids() is None
 
 
 def test_bytes_are_utf8_and_broken_utf8_is_shown():
-    assert list(vocab.Bytes().encode("é")) == [0xC3, 0xA9]
-    assert vocab.Bytes().decode([0xC3, 256, 65]) == "\ufffdA"
+    assert list(Bytes().encode("é")) == [0xC3, 0xA9]
+    assert Bytes().decode([0xC3, 256, 65]) == "\ufffdA"
 
 
 def test_an_unknown_character_is_named():
-    with pytest.raises(DataError, match=r"character '!' is not in the alphabet of 64"):
-        vocab.Chars(64).encode("no!")
+    with pytest.raises(UserError, match=r"character '!' is not in the alphabet of 64"):
+        Chars(64).encode("no!")
     for size in (0, 30000):
-        with pytest.raises(DataError, match=f"--alphabet={size}"):
-            vocab.Chars(size)
+        with pytest.raises(UserError, match=f"--alphabet={size}"):
+            Chars(size)
 
 
 def test_ids_have_no_text():
-    ids = vocab.from_state(vocab.Ids(50257).state())
+    ids = tokenizer_from_state(Ids(50257).state())
     assert (ids.size, ids.bos, ids.special) == (50257, None, set())
     assert ids.decode([3, 50256]) == "3 50256"
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer"):
         ids.encode("text")
 
 
@@ -197,15 +211,15 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_altered_is_none_exactly_where_the_text_comes_back(model, name):
     options, lossless, reasons = MODELS[name]
-    words, seen = vocab.SentencePiece(model(**options)), set()
-    assert words.lossless == lossless
+    tokenizer, seen = SentencePiece(model(**options)), set()
+    assert tokenizer.lossless == lossless
 
     @repeatable
     @given(text=ANY_TEXT | st.text("ab in", max_size=5))
     def law(text):
-        ids = words.encode(text)
-        why = words.altered(text, ids)
-        assert (why is None) == (words.decode(ids) == text)
+        ids = tokenizer.encode(text)
+        why = tokenizer.altered(text, ids)
+        assert (why is None) == (tokenizer.decode(ids) == text)
         seen.add(why)
 
     law()
@@ -213,37 +227,37 @@ def test_altered_is_none_exactly_where_the_text_comes_back(model, name):
 
 
 def test_tiktokens_endoftext_is_the_id_left_free_and_never_comes_of_text():
-    words = vocab.Tiktoken(ranks(TOKENS))
-    assert (words.size, words.bos, words.eos) == (len(TOKENS) + 1, len(TOKENS), None)
-    assert words.bos not in words.encode("<|endoftext|>")
-    assert list(words.encode("    the你 def")) == [TOKENS.index(t.encode()) for t in ["  ", " ", " the", "你", " def"]]
+    tokenizer = Tiktoken(ranks(TOKENS))
+    assert (tokenizer.size, tokenizer.bos, tokenizer.eos) == (len(TOKENS) + 1, len(TOKENS), None)
+    assert tokenizer.bos not in tokenizer.encode("<|endoftext|>")
+    assert list(tokenizer.encode("    the你 def")) == [TOKENS.index(t.encode()) for t in ["  ", " ", " the", "你", " def"]]
     ids = [*range(258), *range(259, len(TOKENS) + 1)]  # as p50k_base has it
-    gap = vocab.Tiktoken(ranks(TOKENS, ids))
+    gap = Tiktoken(ranks(TOKENS, ids))
     assert (gap.size, gap.bos) == (len(TOKENS) + 1, 258) and gap.decode([258, *gap.encode("the 你")]) == "the 你"
 
 
 def test_tiktoken_shows_broken_utf8():
-    words = vocab.Tiktoken(ranks(TOKENS))
-    assert words.decode([0xC3, words.bos, 65]) == "\ufffdA"
+    tokenizer = Tiktoken(ranks(TOKENS))
+    assert tokenizer.decode([0xC3, tokenizer.bos, 65]) == "\ufffdA"
 
 
 def test_tiktoken_encodes_what_overflows_its_pattern():
-    words = vocab.Tiktoken(ranks(TOKENS))
+    tokenizer = Tiktoken(ranks(TOKENS))
     for text in ("x" * 1_000_000, " " * 1_000_000 + "x", "\n" * 1_000_000 + "x"):
-        assert words.decode(words.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @repeatable
 @given(text=st.text("thex'd1 \n\u3000", min_size=20))
 def test_text_cut_into_pieces_has_the_ids_of_the_whole(text):
-    words = vocab.Tiktoken(ranks(TOKENS))
-    whole = list(words.encode(text))
+    tokenizer = Tiktoken(ranks(TOKENS))
+    whole = list(tokenizer.encode(text))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocab, "GPT2_CHARS", 12)
-        pieces = list(vocab._pieces(text))
+        patch.setattr(tokenizer_module, "GPT2_CHARS", 12)
+        pieces = list(_pieces(text))
         assert "".join(pieces) == text and all(0 < len(piece) <= 12 for piece in pieces)
         places = [re.search(r"\S[ \n]", piece + after[0]) for piece, after in itertools.pairwise(pieces)]
-        assert not all(places) or list(words.encode(text)) == whole
+        assert not all(places) or list(tokenizer.encode(text)) == whole
 
 
 def test_a_ranks_file_that_is_none_is_refused_with_the_fault():
@@ -257,23 +271,23 @@ def test_a_ranks_file_that_is_none_is_refused_with_the_fault():
         (ranks(TOKENS[1:]), "lacks 1 of the 256 bytes, such as 0x00"),
         (b"", "lacks 256"),
     ]:
-        with pytest.raises(DataError, match=f"not a ranks file of tiktoken: .*({fault})") as e:
-            vocab.Tiktoken(lines)
+        with pytest.raises(UserError, match=f"not a ranks file of tiktoken: .*({fault})") as e:
+            Tiktoken(lines)
         assert "\n" not in str(e.value)
 
 
 def test_a_name_gives_its_tokenizer(tmp_path, bpe):
     (tmp_path / "a.model").write_bytes(bpe)
     (tmp_path / "b.tiktoken").write_bytes(ranks(TOKENS).replace(b"\n", b"\r\n"))
-    assert vocab.named("bytes").kind == "bytes"
-    assert vocab.named(str(tmp_path / "a.model")).state() == {"kind": "sentencepiece", "model": bpe}
-    words = vocab.named(str(tmp_path / "b.tiktoken"))
-    assert words.kind == "tiktoken" and list(words.encode("the")) == [TOKENS.index(b"the")]
+    assert get_tokenizer("bytes").kind == "bytes"
+    assert get_tokenizer(str(tmp_path / "a.model")).state() == {"kind": "sentencepiece", "model": bpe}
+    tokenizer = get_tokenizer(str(tmp_path / "b.tiktoken"))
+    assert tokenizer.kind == "tiktoken" and list(tokenizer.encode("the")) == [TOKENS.index(b"the")]
 
 
 def refused(name, match):
-    with pytest.raises(DataError, match=match) as e:
-        vocab.named(str(name))
+    with pytest.raises(UserError, match=match) as e:
+        get_tokenizer(str(name))
     assert str(e.value).startswith(f"--tokenizer={name}: ") and "\n" not in str(e.value)
 
 
@@ -296,7 +310,7 @@ def test_more_ids_than_uint16_holds_are_refused(tmp_path):
     for n, fits in ((65535, True), (65536, False)):
         (tmp_path / f"{n}.tiktoken").write_bytes(ranks(tokens[:n]))
         if fits:
-            assert vocab.named(str(tmp_path / f"{n}.tiktoken")).size == 65536
+            assert get_tokenizer(str(tmp_path / f"{n}.tiktoken")).size == 65536
         else:
             refused(tmp_path / f"{n}.tiktoken", "65,537 ids does not fit uint16")
 
@@ -310,7 +324,7 @@ def encodings(monkeypatch):
     return known
 
 
-def encoding(pat_str=vocab.GPT2_PATTERN, **special):
+def encoding(pat_str=GPT2_PATTERN, **special):
     tokens = {token: i for i, token in enumerate(TOKENS)}
     special = {"<|endoftext|>": len(TOKENS)} | special
     return {"name": "any", "pat_str": pat_str, "mergeable_ranks": tokens, "special_tokens": special}
@@ -318,12 +332,12 @@ def encoding(pat_str=vocab.GPT2_PATTERN, **special):
 
 def test_an_encoding_of_tiktoken_keeps_its_ids_and_needs_no_network_again(encodings, monkeypatch):
     encodings["gpt2"] = encoding
-    words = vocab.named("gpt2")
-    assert words.model == ranks(TOKENS) and words.bos == len(TOKENS)
+    tokenizer = get_tokenizer("gpt2")
+    assert tokenizer.model == ranks(TOKENS) and tokenizer.bos == len(TOKENS)
     for text in NASTY:
-        assert list(words.encode(text)) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+        assert list(tokenizer.encode(text)) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
     encodings.clear()
-    assert vocab.from_state(words.state()).decode(words.encode("the 你")) == "the 你"
+    assert tokenizer_from_state(tokenizer.state()).decode(tokenizer.encode("the 你")) == "the 你"
 
 
 def test_an_encoding_that_is_not_gpt2s_kind_is_refused(encodings):
@@ -343,37 +357,37 @@ def test_without_network_the_way_out_is_named(monkeypatch, encodings, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.load, "read_file", fails)
     refused("gpt2", r"cannot download it \(ConnectionError: HTTPS.*r50k_base.tiktoken\), and pass --tokenizer=FILE.tiktoken")
-    monkeypatch.setattr(vocab, "DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(tokenizer_module, "DOWNLOAD_SECONDS", 0.05)
     monkeypatch.setattr(tiktoken.load, "read_file", lambda _: time.sleep(0.5))
     refused("gpt2", r"cannot download it \(TimeoutError: not done in 0.05 s\)")
 
 
-def prepared(folder, words):
-    entry, files = vocab.to_meta(words)
-    with Writer(folder, words.size) as writer:
+def prepared(folder, tokenizer):
+    entry, files = tokenizer_to_meta(tokenizer)
+    with Writer(folder, tokenizer.size) as writer:
         writer.commit({"tokenizer": json.loads(json.dumps(entry))}, files)
     return folder
 
 
-def test_a_prepared_folder_gives_its_vocabulary_back(words, tmp_path):
+def test_a_prepared_folder_gives_its_vocabulary_back(tokenizer, tmp_path):
     files = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
-    assert list(vocab.to_meta(words)[1]) == ([files[words.kind]] if words.kind in files else [])
-    assert vocab.load(prepared(tmp_path, words)).state() == words.state()
+    assert list(tokenizer_to_meta(tokenizer)[1]) == ([files[tokenizer.kind]] if tokenizer.kind in files else [])
+    assert load_tokenizer(prepared(tmp_path, tokenizer)).state() == tokenizer.state()
 
 
 def test_a_folder_without_meta_gives_ids(tmp_path):
-    assert vocab.load(tmp_path, 50257).state() == {"kind": "ids", "size": 50257}
+    assert load_tokenizer(tmp_path, 50257).state() == {"kind": "ids", "size": 50257}
 
 
 def test_a_tokenizer_that_is_missing_or_another_one_is_refused(tmp_path, bpe):
-    model = prepared(tmp_path, vocab.SentencePiece(bpe)) / "tokenizer.model"
+    model = prepared(tmp_path, SentencePiece(bpe)) / "tokenizer.model"
     model.write_bytes(bpe[:-1] + b"?")
-    with pytest.raises(DataError, match=hashlib.sha256(bpe).hexdigest()):
-        vocab.load(tmp_path)
+    with pytest.raises(UserError, match=hashlib.sha256(bpe).hexdigest()):
+        load_tokenizer(tmp_path)
     model.unlink()
-    with pytest.raises(DataError, match="tokenizer.model: no such file"):
-        vocab.load(tmp_path)
-    with pytest.raises(DataError, match="not a sentencepiece model"):
-        vocab.SentencePiece(b"nonsense")
-    with pytest.raises(DataError, match="'morse'"):
-        vocab.from_state({"kind": "morse"})
+    with pytest.raises(UserError, match="tokenizer.model: no such file"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        SentencePiece(b"nonsense")
+    with pytest.raises(UserError, match="'morse'"):
+        tokenizer_from_state({"kind": "morse"})

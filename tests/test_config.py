@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import ROOT, Config, ConfigError, from_dict, load, parse, usage
+from config import ROOT, Config, from_dict, load, parse, usage
+from errors import UserError
 
 
 def write(tmp_path, text):
@@ -61,7 +62,7 @@ def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(
     ],
 )
 def test_each_mistake_is_one_line_that_names_the_setting_and_the_remedy(argv, words):
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         load(argv)
     assert "\n" not in str(e.value)
     for word in words:
@@ -81,7 +82,7 @@ def test_each_mistake_is_one_line_that_names_the_setting_and_the_remedy(argv, wo
     ],
 )
 def test_each_mistake_in_a_file_is_one_line(tmp_path, text, words):
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(UserError) as e:
         load([write(tmp_path, text)])
     assert "\n" not in str(e.value)
     for word in words:
@@ -109,5 +110,5 @@ def test_help_names_every_field_in_under_a_second_and_without_torch():
     assert done.stdout == usage() + "\n"
     for name in Config.__dataclass_fields__:
         assert f"--{name} " in done.stdout
-    code = "import sys, runtime.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

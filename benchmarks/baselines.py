@@ -1,6 +1,6 @@
 """What a training step is compared with: models of the same shape, each a function of the config.
 
-A contender is a module called with (x, y), token ids and targets (B, T), that returns the mean loss; its parameters are fp32.
+A baseline is a module called with (x, y), token ids and targets (B, T), that returns the mean loss; its parameters are fp32.
 On a GPU it runs under autocast in bf16. PlainLlama is what one writes first: separate projections, torch's own functions.
 """
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from config import Config
+from errors import UserError
+from hf import folder as huggingface
 from model import rotary_table
-from runtime import huggingface
-from runtime.config import Config, ConfigError
 
 
 class PlainBlock(nn.Module):
@@ -52,7 +53,7 @@ class PlainLlama(nn.Module):
         self.embed = nn.Embedding(c.vocab_size, c.dim)
         self.blocks = nn.ModuleList(PlainBlock(c) for _ in range(c.n_layers))
         self.norm = nn.Parameter(torch.ones(c.dim))
-        self.head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
 
     def forward(self, tokens, targets):
         x = self.embed(tokens)
@@ -60,7 +61,7 @@ class PlainLlama(nn.Module):
             for block in self.blocks:
                 x = block(x, self.cos, self.sin)
         x = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
-        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
 class HuggingFace(nn.Module):
@@ -76,7 +77,7 @@ class HuggingFace(nn.Module):
 
                 apply_liger_kernel_to_llama()
         except ImportError as e:
-            raise ConfigError(f"{e.name} is not installed") from None
+            raise UserError(f"{e.name} is not installed") from None
         shape = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items()}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         self.model = LlamaForCausalLM(LlamaConfig(**shape, **ids, use_cache=False, attn_implementation="sdpa"))
@@ -90,7 +91,7 @@ def compiled(model):
     return model
 
 
-CONTENDERS = {
+BASELINES = {
     "plain": PlainLlama,
     "compile": lambda c: compiled(PlainLlama(c)),
     "compile flash": lambda c: compiled(PlainLlama(c, SDPBackend.FLASH_ATTENTION)),

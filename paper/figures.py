@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from measures.onset import at_the_end, difference, exponents, interval, onset
-from runtime.pictures import bands, bars, heat, panels, points, save
+from paper.onset import at_the_end, difference, exponents, interval, onset
+from runtime.plots import bands, bars, heat, panels, points, save
 
 COPY, HEX = "copy_exact_full", "copy_exact_hex16"
 HOLDS, FAILS, OPEN, TOLD = "holds", "fails", "cannot be told", "measured"

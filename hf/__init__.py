@@ -1,0 +1,1 @@
+"""Hugging Face Llama folders, read and written."""

@@ -1,0 +1,1 @@
+"""What is measured over runs: onset, statistics, figures."""
