@@ -1,9 +1,55 @@
-"""Exceptions that every package raises, and the exit status that each stands for."""
+"""Exceptions that every package raises, and the exit status that a command ends with.
+
+0    done
+2    the user's mistake: one line that names the thing and the remedy
+3    a training run that a signal stopped, after it was saved
+4    the run failed
+130  interrupted by Ctrl-C
+"""
+
+import errno
+import sys
+
+OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """A mistake in what was asked: exit status 2. The message is one line that names the thing and the remedy."""
+    """A mistake in what was asked. The message is one line that names the thing and the remedy."""
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on, through no mistake in what was asked: exit status 4."""
+    """The run cannot go on, through no mistake in what was asked."""
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """Returns whether `e` says that a tensor does not fit into memory."""
+    return type(e).__name__ in ("OutOfMemoryError", "MemoryError") or any(text in str(e) for text in OUT_OF_MEMORY)
+
+
+def exit_status(e: BaseException) -> tuple[int, str] | None:
+    """Returns the exit status and the one-line message for an expected exception; None for a bug."""
+    if isinstance(e, UserError):
+        return 2, str(e)
+    if isinstance(e, RunFailed):
+        return 4, str(e)
+    if isinstance(e, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(e, OSError):
+        return 4 if e.errno in DISK_FULL else 2, f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
+    if is_out_of_memory(e):
+        return 2, "out of memory; try a smaller model or batch, or another machine"
+    return None
+
+
+def run_command(main, argv: list[str]) -> int:
+    """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status."""
+    try:
+        return main(argv)
+    except BaseException as e:
+        found = exit_status(e)
+        if found is None:
+            raise
+        status, message = found
+        print(message, file=sys.stderr)
+        return status
