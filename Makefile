@@ -4,22 +4,26 @@ BIN := .venv/bin
 
 .PHONY: demo test soak clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/python -m data.prepare repeats --out=data/tiny
 	$(BIN)/python train.py configs/tiny.py
 	$(BIN)/python eval_copy.py runs/tiny --plot runs/tiny/copy.png
 	@echo "next: $(BIN)/python eval_copy.py runs/tiny/ckpt.pt --prompt 'the quick brown fox jumps. the qui'"
 
-test: .venv/ready
+test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-soak: .venv/ready
+soak: .venv/test
 	$(BIN)/python -m pytest -m soak
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 

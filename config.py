@@ -32,13 +32,13 @@ MAY_CHANGE = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command: a mistake is one line and exit status 2."""
+    """The parser of every command. A mistake on the command line raises UserError."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{message}; see {self.prog} --help\n")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def setting(default, doc: str):
