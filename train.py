@@ -36,7 +36,7 @@ import kernels
 from config import Config
 from data import bins, prepare
 from data.meta import SPLITS, load_meta
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, same_tokenizer
 from errors import UserError
 from hf import folder as huggingface
 from model import Llama
@@ -349,7 +349,10 @@ def start_from(config: Config, model: Llama, tokenizer, world):
         raise UserError(f"{mine}, but init_from={path} has {', '.join(map(str, other.values()))}; pass {wanted}")
     checkpoint.restore(path, state, model)
     world.say(f"starting from the weights of {path}, step {state['step']} there")
-    if state["tokenizer"] != tokenizer.state() and "ids" not in (tokenizer.kind, state["tokenizer"].get("kind")):
+    if not same_tokenizer(state["tokenizer"], tokenizer.state()) and "ids" not in (
+        tokenizer.kind,
+        state["tokenizer"].get("kind"),
+    ):
         world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids mean other text")
 
 

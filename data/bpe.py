@@ -1,30 +1,31 @@
-"""Trains a tokenizer on a sample of a source."""
+"""Trains the tokenizer that --tokenizer=bpe asks for, on a sample of the source."""
 
 import hashlib
 import heapq
 import io
 import re
 
-from data.tokenizer import HEX, sentencepiece
+from data.tokenizer_kinds import HEX, import_sentencepiece
 from errors import UserError
 
-SAMPLE_BYTES = 20_000_000  # of text that a tokenizer is trained on: more changes it little and takes longer
+SAMPLE_BYTES = 20_000_000  # of text to train on: more changes the tokenizer little and takes longer
 PIECE_CHARS = 65536  # the sample is drawn in pieces of this many characters
 
 
 def train_bpe(texts, vocab_size: int) -> bytes:
     """Trains a sentencepiece BPE model on a sample of the texts (an iterable of str) and returns its .model bytes.
 
-    What it encodes it decodes to the same text, U+2581 (which stands for the space) excepted: nothing is normalised,
-    and a character without a piece becomes its UTF-8 bytes. unk 0, bos 1, eos 2; the same texts give the same bytes.
+    The same texts give the same bytes, in any order. unk is 0, bos 1, eos 2. Decoding gives back the text that was encoded,
+    except that U+2581 becomes a space: nothing is normalised, and a character without a piece becomes its UTF-8 bytes.
     """
     if not 300 <= vocab_size <= 65536:
         raise UserError(f"--vocab_size={vocab_size}: a bpe vocabulary has 300 to 65536 ids, 259 of them bytes and specials")
-    model, lines = io.BytesIO(), [line for piece in _sample(texts) for line in piece.split("\n") if line]
+    model = io.BytesIO()
+    lines = [line for piece in _sample(texts) for line in piece.split("\n") if line]
     if not lines:
         raise UserError("no text to train a tokenizer on")
     try:
-        sentencepiece().SentencePieceTrainer.train(
+        import_sentencepiece().SentencePieceTrainer.train(
             # sentencepiece before 0.2.3 aborts the process on a required character that the text lacks.
             sentence_iterator=iter([*lines, *HEX]),
             max_sentence_length=4 * PIECE_CHARS,  # in bytes; a longer line would be left out
@@ -55,8 +56,9 @@ def train_bpe(texts, vocab_size: int) -> bytes:
 
 
 def _sample(texts) -> list[str]:
-    """The pieces whose hashes are lowest, SAMPLE_BYTES of them: spread over all texts, whatever their order."""
-    heap, total = [], 0
+    """Returns the pieces with the lowest hashes, SAMPLE_BYTES in all: spread over all texts, whatever their order."""
+    heap = []
+    total = 0
     for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
             piece = text[start : start + PIECE_CHARS]

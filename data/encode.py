@@ -1,7 +1,7 @@
-"""Documents -> token ids, on all cores: batches out to the processes, ids back, in the order of the documents.
+"""Documents -> token ids, on all cores: batches out to the worker processes, ids back, in the order of the documents.
 
-What comes back does not depend on the number of processes. The parent reads and writes, which is little work: a batch of
-text costs hundreds of times more to encode than to send.
+The result does not depend on the number of processes. The main process reads and writes, which is little work: encoding a
+batch takes hundreds of times longer than sending it.
 """
 
 import hashlib
@@ -19,33 +19,56 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.documents import Document, Part
 from data.meta import SPLITS, TOKEN
-from data.readers import Document
-from data.sources import Part
-from data.tokenizer import Tokenizer, tokenizer_from_state
+from data.tokenizer import tokenizer_from_state
+from data.tokenizer_kinds import Tokenizer
 from errors import UserError
 
-BATCH = 2**20  # characters of text in a batch, about: as many as make sending it cheap
-AHEAD = 3  # batches out per process, so that none waits
+BATCH = 2**20  # characters of text in a batch, about; large enough that sending it costs little
+AHEAD = 3  # batches in flight per process, so that none waits
+
+
+class Position(NamedTuple):
+    """Where reading resumes: after `taken` documents of a part.
+
+    state: what to pass to Part.read(); it then begins after `skipped` documents.
+    read: bytes of the part that were read by then.
+    """
+
+    part: int = 0
+    taken: int = 0
+    state: dict | None = None
+    skipped: int = 0
+    read: int = 0
 
 
 class Batch(NamedTuple):
-    """part, taken: where the source stands behind it, that is in which part and how many documents of it came before."""
+    """Documents of one group, and the position behind the last of them."""
 
     documents: list[Document]
-    part: int
-    taken: int
-    read: int  # bytes of that part
+    end: Position
     group: str
+
+
+class Settings(NamedTuple):
+    """How documents become tokens, apart from the tokenizer."""
+
+    val_fraction: float
+    seed: int = 0
 
 
 @dataclass
 class Encoded:
-    """What a batch became. ids: uint16, each document with bos before it; dropped, altered: how many documents, by reason,
-    and first: the id of the first dropped of each; lowest: the least split_place().
+    """The tokens of a batch, by split, and what there is to count.
+
+    ids: uint16, bos before each document
+    docs, bytes: number of documents and bytes of their text, by split
+    dropped, altered: number of documents, by reason; first: the id of the first dropped document, by reason
+    lowest: the least split_hash()
     """
 
-    ids: dict[str, np.ndarray]
+    ids: dict[str, np.ndarray] = field(default_factory=dict)
     docs: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
@@ -54,31 +77,39 @@ class Encoded:
     lowest: float = 1.0
 
 
-def batches(parts: list[Part], part: int, taken: int, full: Callable[[str], bool]) -> Iterator[Batch]:
-    """All documents from document `taken` of part `part` on. Of a group that is full() no more are read."""
-    for group, run in itertools.groupby(range(part, len(parts)), key=lambda i: parts[i].group):
-        held, size, last = [], 0, None
+def batches(parts: list[Part], start: Position, is_full: Callable[[str], bool]) -> Iterator[Batch]:
+    """Yields all documents from position `start` on. Once a group is full, no more of it is read."""
+    for group, run in itertools.groupby(range(start.part, len(parts)), key=lambda i: parts[i].group):
+        documents = []
+        size = 0
         for i in run:
-            if full(group):
+            if is_full(group):
                 break
-            for n, document in enumerate(parts[i].read(), 1):
-                if i == part and n <= taken:
+            resumed = i == start.part
+            state, skipped = (start.state, start.skipped) if resumed else (None, 0)
+            for taken, document in enumerate(parts[i].read(state), skipped + 1):
+                if document.state is not None:
+                    state, skipped = document.state, taken - 1
+                if resumed and taken <= start.taken:
                     continue
-                held.append(document)
-                size += len(document.text or "") + 64  # a document without text is held too
-                last = i, n, document.read
+                documents.append(document._replace(state=None))
+                size += len(document.text or "") + 64  # a document without text takes memory too
+                end = Position(i, taken, state, skipped, document.read)
                 if size >= BATCH:
-                    yield Batch(held, *last, group)
-                    held, size = [], 0
-                    if full(group):
+                    yield Batch(documents, end, group)
+                    documents = []
+                    size = 0
+                    if is_full(group):
                         break
-        if held:
-            yield Batch(held, *last, group)
+        if documents:
+            yield Batch(documents, end, group)
 
 
-def encode(tokenizer: Tokenizer, documents: list[Document], val_fraction: float, seed: int) -> Encoded:
-    """The documents as ids; each is held out to validate on where its text's split_place() is below val_fraction."""
-    pieces, out, bos = {split: [] for split in SPLITS}, Encoded({}), np.array([tokenizer.bos], TOKEN)
+def encode(tokenizer: Tokenizer, documents: list[Document], settings: Settings) -> Encoded:
+    """Returns the tokens of the documents; one is held out for validation if its split_hash() is below val_fraction."""
+    out = Encoded()
+    bos = np.array([tokenizer.bos], TOKEN)
+    pieces = {split: [bos[:0]] for split in SPLITS}
     for document in documents:
         text = document.text
         if not text:
@@ -87,8 +118,8 @@ def encode(tokenizer: Tokenizer, documents: list[Document], val_fraction: float,
             out.first.setdefault(reason, document.id)
             continue
         data = text.encode()
-        place = split_place(data, seed)
-        split = "val" if place < val_fraction else "train"
+        place = split_hash(data, settings.seed)
+        split = "val" if place < settings.val_fraction else "train"
         ids = np.asarray(tokenizer.encode(text), TOKEN)
         pieces[split] += bos, ids
         out.docs[split] += 1
@@ -96,55 +127,55 @@ def encode(tokenizer: Tokenizer, documents: list[Document], val_fraction: float,
         out.lowest = min(out.lowest, place)
         if change := tokenizer.altered(text, ids):
             out.altered[change] += 1
-    out.ids = {split: np.concatenate([bos[:0], *pieces[split]]) for split in SPLITS}
+    out.ids = {split: np.concatenate(pieces[split]) for split in SPLITS}
     return out
 
 
-def split_place(text: bytes, seed: int) -> float:
-    """Where the text lies in 0..1, by its hash: it stays there when the source grows."""
+def split_hash(text: bytes, seed: int) -> float:
+    """Returns a hash of the text in [0, 1): a document keeps its split when the source grows."""
     digest = hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
 def encode_all(
-    batches: Iterable[Batch], tokenizer: Tokenizer, val_fraction: float, seed: int, processes: int
+    batches: Iterable[Batch], tokenizer: Tokenizer, settings: Settings, processes: int
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Each batch, without its documents, and what it became. One batch or one process is done here, with no other."""
+    """Yields each batch, without its documents, and its tokens. A single batch or process is encoded in this process."""
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
     batches = itertools.chain(first, batches)
     if processes == 1 or len(first) < 2:
         for batch in batches:
-            yield batch._replace(documents=[]), encode(tokenizer, batch.documents, val_fraction, seed)
+            yield batch._replace(documents=[]), encode(tokenizer, batch.documents, settings)
         return
-    start = tokenizer.state(), val_fraction, seed
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, start)
-    out = deque()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer.state(), settings))
+    in_flight = deque()
     try:
         for batch in batches:
-            out.append((batch._replace(documents=[]), pool.submit(_encode, batch.documents)))
-            if len(out) > AHEAD * processes:
-                batch, future = out.popleft()
+            in_flight.append((batch._replace(documents=[]), pool.submit(_encode, batch.documents)))
+            if len(in_flight) > AHEAD * processes:
+                batch, future = in_flight.popleft()
                 yield batch, future.result()
-        for batch, future in out:
+        for batch, future in in_flight:
             yield batch, future.result()
     except BrokenProcessPool:
         raise UserError(
-            f"one of {processes} processes was killed, perhaps for want of memory; the same command goes on, "
+            f"one of {processes} processes was killed, perhaps for lack of memory; run the same command again to resume, "
             f"with --processes={max(processes // 2, 1)} if it happens again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(state, val_fraction, seed):
-    """In a new process. Ctrl-C is the parent's to answer; where the parent is killed, this one goes too."""
-    global _encode_with
+def _start_worker(tokenizer_state, settings):
+    """Runs first in a new process. Ctrl-C is left to the main process; when that dies, this one exits too."""
+    global _tokenizer, _settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    _encode_with = tokenizer_from_state(state), val_fraction, seed
+    _tokenizer = tokenizer_from_state(tokenizer_state)
+    _settings = settings
 
 
 def _encode(documents):
-    tokenizer, val_fraction, seed = _encode_with
-    return encode(tokenizer, documents, val_fraction, seed)
+    return encode(_tokenizer, documents, _settings)

@@ -12,12 +12,33 @@ from errors import UserError
 FORMAT = 1
 SPLITS = ("train", "val")
 TOKEN = np.dtype("<u2")
+MAX_VOCAB = 65536  # ids that uint16 can hold
 SPLIT = {"tokens": int, "docs": int, "bytes": int, "blake2b": str}
 META = {"vocab_size": int, "fingerprint": str, "tokenizer": dict, "splits": {split: SPLIT for split in SPLITS}}
 
 
+def make_meta(vocab_size: int, splits: dict, counts, details: dict) -> dict:
+    """Returns the contents of meta.json.
+
+    splits: {split: {"tokens", "docs", "bytes", "blake2b"}}
+    counts: (vocab_size,), how often each id occurs in the training tokens
+    details: whatever else is to be recorded, the tokenizer's entry among it
+    """
+    fixed = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": vocab_size, "splits": splits}
+    return fixed | details | {"fingerprint": fingerprint(splits), "counts": [int(n) for n in counts]}
+
+
+def meta_to_json(meta: dict) -> str:
+    """Returns the text of meta.json: indented, but the counts on a line of their own."""
+    text = json.dumps({name: value for name, value in meta.items() if name != "counts"}, indent=2, ensure_ascii=False)
+    return f'{text[:-2]},\n  "counts": {json.dumps(meta["counts"])}\n}}\n'
+
+
 def load_meta(folder) -> dict | None:
-    """The folder's meta.json; None where there is none. Raises UserError for one that data.prepare did not write."""
+    """Returns the folder's meta.json, or None if there is none. Raises UserError for one that data.prepare did not write.
+
+    Those of before lack `counts`.
+    """
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
@@ -28,22 +49,32 @@ def load_meta(folder) -> dict | None:
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise UserError(f"{path}: format {found}, expected {FORMAT} of data.prepare; remove the folder and prepare it again")
-    if wrong := _misfit(meta, META):
+    wrong = _misfit(meta, META)
+    if wrong is None and not is_counts(meta.get("counts"), meta["vocab_size"]):
+        wrong = "counts"
+    if wrong is not None:
         raise UserError(f"{path}: {wrong} is missing or of the wrong kind; remove the folder and prepare it again")
     with contextlib.suppress(ValueError):
-        if meta["fingerprint"] == combined(meta["splits"]):
+        if meta["fingerprint"] == fingerprint(meta["splits"]):
             return meta
     raise UserError(f"{path}: its fingerprint is not that of its splits; remove the folder and prepare it again")
 
 
-def combined(splits: dict) -> str:
-    """The fingerprint of a dataset: a hash of its splits' hashes."""
-    digests = b"".join(bytes.fromhex(splits[s]["blake2b"]) for s in SPLITS)
+def is_counts(counts, vocab_size: int) -> bool:
+    """Returns whether `counts` is what is stored as the counts of a vocabulary's ids: None, or a list of ints."""
+    if counts is None:
+        return True
+    return type(counts) is list and len(counts) == vocab_size and all(type(n) is int and 0 <= n < 2**63 for n in counts)
+
+
+def fingerprint(splits: dict) -> str:
+    """Returns the fingerprint of a dataset: a hash of its splits' hashes."""
+    digests = b"".join(bytes.fromhex(splits[split]["blake2b"]) for split in SPLITS)
     return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
 def _misfit(value, shape) -> str | None:
-    """The first entry of nested dicts that is not of the type that `shape` has in its place, by its name."""
+    """Returns the name of the first entry of nested dicts that is not of the type in its place in `shape`, or None."""
     if not isinstance(shape, dict):
         return None if type(value) is shape else ""
     if not isinstance(value, dict):

@@ -1,41 +1,65 @@
-"""Where a prepare stands: what was written and left out so far, how to go on from there, and the line that shows it."""
+"""Progress and resume state of data.prepare."""
 
+import itertools
 import math
 import sys
 import time
 from collections import Counter
 
-from data import sources
+import tqdm
+
+from data.documents import Part
+from data.encode import Batch, Encoded, Position
 from data.meta import SPLITS
 from data.writer import Writer
 from errors import UserError
 
-SAVE_SECONDS = 10  # between two points to go on from
+SAVE_SECONDS = 10  # between two points to resume from
 
 
-class Tally:
-    """Writes what was encoded, counts it, shows it, and saves it every SAVE_SECONDS."""
+class Progress:
+    """`with Progress(...) as progress: progress.add(...) ...`: writes encoded batches, counts them, and shows a progress bar.
 
-    def __init__(self, args, parts, writer: Writer):
-        self.args, self.parts, self.writer = args, parts, writer
-        self.quotas = sources.quotas(args.get("tokens", 0), args.get("share"))
+    What is to be resumed from is saved every SAVE_SECONDS. position: where reading starts.
+    """
+
+    def __init__(self, writer: Writer, parts: list[Part], tokens: int):
+        """tokens: how many are wanted; 0 for all."""
+        self.writer = writer
+        weights = {part.group: part.weight for part in parts}
+        self.quotas = {group: math.ceil(tokens * weight / sum(weights.values())) for group, weight in weights.items()}
         state = writer.state or {}
-        self.part, self.taken, self.read = state.get("at", (0, 0, 0))
+        self.position = Position(*state.get("position", ()))
         self.dropped = Counter({"empty": 0, "undecodable": 0} | state.get("dropped", {}))
-        self.altered, self.spent = Counter(state.get("altered")), Counter(state.get("spent"))
-        self.first, self.lowest = state.get("first", {}), state.get("lowest", 1.0)
+        self.altered = Counter(state.get("altered"))
+        self.spent = Counter(state.get("spent"))  # tokens, by group
+        self.first = state.get("first", {})
+        self.lowest = state.get("lowest", 1.0)
         if writer.state:
-            print(f"{writer.folder}: going on after {self.total('docs'):,} documents", flush=True)
-        self.started = self.shown = self.saved = time.perf_counter()
-        self.bytes_before, self.done_before = self.total("bytes"), self.done()
-        self.terminal = sys.stdout.isatty()
+            print(f"{writer.folder}: resuming after {self.total('docs'):,} documents", flush=True)
+        sizes = [part.size for part in parts]
+        self.offsets = None if None in sizes else [0, *itertools.accumulate(sizes)]  # of the parts, in bytes
+        self.unit = "tok" if tokens else "B"
+        self.goal = sum(self.quotas.values()) if tokens else self.offsets and self.offsets[-1]
 
-    def full(self, group: str) -> bool:
-        return bool(self.quotas[group]) and self.spent[group] >= self.quotas[group]
+    def __enter__(self):
+        terminal = sys.stdout.isatty()
+        self.bar = tqdm.tqdm(
+            total=self.goal, initial=self.done(), unit=self.unit, unit_scale=True, file=sys.stdout,
+            dynamic_ncols=terminal, mininterval=0.2 if terminal else 10,
+        )  # fmt: skip
+        self.saved = time.monotonic()
+        return self
 
-    def add(self, batch, encoded):
-        self.part, self.taken, self.read = batch.part, batch.taken, batch.read
-        if not self.full(batch.group):
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def is_full(self, group: str) -> bool:
+        return 0 < self.quotas[group] <= self.spent[group]
+
+    def add(self, batch: Batch, encoded: Encoded):
+        self.position = batch.end
+        if not self.is_full(batch.group):
             for split, ids in encoded.ids.items():
                 self.writer.add(split, ids, encoded.docs[split], encoded.bytes[split])
                 self.spent[batch.group] += len(ids)
@@ -43,21 +67,28 @@ class Tally:
             self.altered.update(encoded.altered)
             self.first = encoded.first | self.first
             self.lowest = min(self.lowest, encoded.lowest)
-        now = time.perf_counter()
-        if now - self.saved >= SAVE_SECONDS:
+        if time.monotonic() - self.saved >= SAVE_SECONDS:
             self.save()
-            self.saved = now
-        if now - self.shown >= (0.2 if self.terminal else 10):
-            self.show()
-            self.shown = now
+            self.saved = time.monotonic()
+        self.bar.update(self.done() - self.bar.n)
 
     def save(self):
-        state = {name: getattr(self, name) for name in ("dropped", "altered", "spent", "first", "lowest")}
-        self.writer.save(state | {"at": (self.part, self.taken, self.read)})
+        state = {name: getattr(self, name) for name in ("position", "dropped", "altered", "spent", "first", "lowest")}
+        self.writer.save(state)
 
-    def finish(self):
-        """Says what was left out or will not decode as it was. Raises UserError where a split got no document."""
-        self.show(last=True)
+    def done(self) -> int:
+        """Returns how far it is, in self.unit: tokens of those wanted, else bytes read, else bytes of text written."""
+        if self.unit == "tok":
+            return sum(min(self.spent[group], quota) for group, quota in self.quotas.items())
+        if self.offsets:
+            return self.offsets[self.position.part] + self.position.read
+        return self.total("bytes")
+
+    def total(self, name: str) -> int:
+        return sum(self.writer.totals[split][name] for split in SPLITS)
+
+    def report(self, val_fraction: float):
+        """Says what was dropped, and what will not decode to its text. Raises UserError if a split got no document."""
         for reason, n in self.dropped.items():
             if n:
                 print(f"left out: {n:,} documents {reason}, the first {self.first[reason]}")
@@ -65,32 +96,13 @@ class Tally:
             print(f"note: {n:,} documents do not decode to their text: {reason}")
         for group, quota in self.quotas.items():
             if self.spent[group] < quota:
-                print(f"note: {group or self.args['source']} has {self.spent[group]:,} tokens of the {quota:,} asked for")
-        check_splits(self.writer.counts, self.dropped, self.lowest, self.args["val_fraction"])
-
-    def total(self, name: str) -> int:
-        return sum(self.writer.counts[split][name] for split in SPLITS)
-
-    def done(self) -> float:
-        """The share of the work that is done: of the tokens asked for, else of the source's bytes."""
-        if any(self.quotas.values()):
-            return sum(min(self.spent[g], q) for g, q in self.quotas.items()) / sum(self.quotas.values())
-        return (sum(part.size for part in self.parts[: self.part]) + self.read) / max(sum(p.size for p in self.parts), 1)
-
-    def show(self, last=False):
-        """One line, rewritten in place on a terminal."""
-        seconds, done = time.perf_counter() - self.started, self.done()
-        size, tokens = self.total("bytes"), self.total("tokens")
-        rate = (size - self.bytes_before) / 1e6 / seconds
-        line = f"{self.total('docs'):,} documents, {size / 1e6:,.1f} MB, {tokens:,} tokens, {rate:.1f} MB/s"
-        if not last and done > self.done_before:
-            line += f", {done:.0%}, ETA {(1 - done) / (done - self.done_before) * seconds:,.0f} s"
-        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal and not last else "\n", flush=True)
+                print(f"note: {group or 'the source'} has {self.spent[group]:,} tokens of the {quota:,} asked for")
+        check_splits(self.writer.totals, self.dropped, self.lowest, val_fraction)
 
 
-def check_splits(counts: dict, dropped: dict, lowest: float, val_fraction: float):
-    """Raises UserError where a split got no document. lowest: the least place that occurred."""
-    docs = {split: counts[split]["docs"] for split in SPLITS}
+def check_splits(totals: dict, dropped: dict, lowest: float, val_fraction: float):
+    """Raises UserError if a split got no document. lowest: the least split_hash() of a document."""
+    docs = {split: totals[split]["docs"] for split in SPLITS}
     total = sum(docs.values())
     if total == 0:
         raise UserError(f"no documents; left out: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}")

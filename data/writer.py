@@ -1,7 +1,7 @@
-"""Writes a dataset, whole or not at all, and goes on where one that was killed stopped.
+"""Writes a dataset, whole or not at all, and resumes one that was interrupted.
 
-What is not whole yet lies in the folder `.partial` of the dataset's own: the bins so far, small files to go beside them, and
-journal.json, which says how much of the bins counts. Nothing reads it but the Writer.
+An unfinished dataset lies in the folder `.partial` inside its own: the bins so far, small files to go beside them, and
+journal.json, which says how much of the bins counts. Only the Writer reads it.
 """
 
 import contextlib
@@ -10,68 +10,69 @@ import json
 import os
 from pathlib import Path
 
+import filelock
 import numpy as np
 
-from data.meta import FORMAT, SPLITS, TOKEN, combined
+from data.meta import MAX_VOCAB, SPLITS, TOKEN, make_meta, meta_to_json
 from errors import UserError
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # on Windows nothing keeps two writers apart
-    fcntl = None
+from files import atomic_write
 
 BLOCK = 2**24  # bytes read at a time
 
 
 class Writer:
-    """`with Writer(...) as w: w.add(...) ...; w.save(...) ...; w.commit(...)`: the bins of one dataset, in `folder`.
+    """Writes the bins of one dataset into `folder`: `with Writer(...) as w: w.add(...) ...; w.save(...) ...; w.commit(...)`.
 
-    key: what the dataset is made from, plain values. Where an unfinished one of the same key lies there, it is gone on with:
-    counts and state are those of the last save(). Without any save() nothing is left of what was not committed.
-    Raises UserError where an unfinished one of another key lies there, or another process is writing it.
+    key: plain values that say what the dataset is made from. If an unfinished dataset of the same key is there, it is resumed:
+    `totals` and `state` are then those of the last save(). Without any save(), nothing is left of a dataset that was not
+    committed. Raises UserError if the unfinished dataset has another key, or another process is writing it.
     """
 
     def __init__(self, folder, vocab_size: int | None = None, key=None):
-        if vocab_size is not None and not 1 <= vocab_size <= 65536:
-            raise UserError(f"vocab_size={vocab_size}: uint16 tokens hold 1 to 65536")
-        self.folder, self.partial, self.vocab_size, self.key = Path(folder), Path(folder) / ".partial", vocab_size, key
-        self.counts = {split: {"tokens": 0, "docs": 0, "bytes": 0} for split in SPLITS}
+        if vocab_size is not None and not 1 <= vocab_size <= MAX_VOCAB:
+            raise UserError(f"vocab_size={vocab_size}: uint16 tokens hold 1 to {MAX_VOCAB}")
+        self.folder = Path(folder)
+        self.partial = self.folder / ".partial"
+        self.vocab_size = vocab_size
+        self.key = key
+        self.totals = {split: {"tokens": 0, "docs": 0, "bytes": 0} for split in SPLITS}
         self.digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-        self.files, self.state = {}, None
+        self.counts = np.zeros(MAX_VOCAB, np.int64)  # how often each id occurs in train.bin
+        self.files = {}
+        self.state = None
 
     def __enter__(self):
         self.partial.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.partial / "lock", "w")
+        self.lock = filelock.FileLock(self.partial / "lock", timeout=0)
         try:
-            self._lock()
-            self._go_on()
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"{self.folder}: another process is writing it; wait for it, or pass another --out") from None
+        try:
+            self._load_journal()
             for split in SPLITS:
                 self._open(split)
         except BaseException:
-            self.lock.close()
+            self._close()
             raise
         return self
 
     def __exit__(self, *_):
-        for file in self.files.values():
-            file.close()
-        if not (self.partial / "journal.json").exists():
+        resumable = (self.partial / "journal.json").exists()
+        self._close()
+        if not resumable:
             for path in self.partial.iterdir():
                 path.unlink()
-            with contextlib.suppress(OSError):  # it holds something, as it should
+            with contextlib.suppress(OSError):  # the folder holds a dataset
                 self.partial.rmdir()
                 self.folder.rmdir()
-        self.lock.close()
 
-    def _lock(self):
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{self.folder}: another process is writing it; wait for it, or pass another --out") from None
+    def _close(self):
+        for file in self.files.values():
+            file.close()
+        self.lock.release()
 
-    def _go_on(self):
-        """Counts and state as the journal has them, where there is one."""
+    def _load_journal(self):
         try:
             journal = json.loads((self.partial / "journal.json").read_bytes())
         except FileNotFoundError:
@@ -81,72 +82,77 @@ class Writer:
                 f"{self.partial}: an unfinished dataset of other arguments, or its source has changed since; "
                 "remove that folder, or pass another --out"
             )
-        self.counts, self.state = journal["counts"], journal["state"]
+        self.totals = journal["totals"]
+        self.state = journal["state"]
 
     def _open(self, split):
-        """The bin so far, cut to what the journal says, and its hash."""
-        path, n_bytes = self.partial / f"{split}.bin", self.counts[split]["tokens"] * TOKEN.itemsize
-        if self.state and not path.exists():  # the commit that was to come had begun
+        """Opens the bin so far, cut to what the journal says, and computes its hash and counts."""
+        path = self.partial / f"{split}.bin"
+        n_bytes = self.totals[split]["tokens"] * TOKEN.itemsize
+        if self.state and not path.exists():  # commit() had begun
             os.replace(self.folder / path.name, path)
         self.files[split] = file = open(path, "r+b" if self.state else "w+b")
         if file.seek(0, os.SEEK_END) < n_bytes:
-            raise UserError(f"{path}: shorter than its journal says; remove {self.partial} and begin anew")
+            raise UserError(f"{path}: shorter than its journal says; remove {self.partial} and start again")
         file.truncate(n_bytes)
         file.seek(0)
         while block := file.read(BLOCK):
-            self.digests[split].update(block)
+            self._count(split, np.frombuffer(block, TOKEN))
+
+    def _count(self, split, tokens):
+        self.digests[split].update(tokens)
+        if split == "train":
+            self.counts += np.bincount(tokens, minlength=MAX_VOCAB)
 
     def add(self, split: str, ids, docs: int = 1, n_bytes: int = 0):
         """Appends documents: ids, a list or array of ints, of `docs` documents, from n_bytes bytes of text.
 
-        Raises UserError for an id outside 0..vocab_size-1, which the cast to uint16 would wrap without a word.
+        Raises UserError for an id outside 0..vocab_size-1, which the cast to uint16 would silently wrap.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise UserError(f"{self.folder / split}.bin: token id {bad} is outside 0..{self.vocab_size - 1} (vocab_size - 1)")
-        data = ids.astype(TOKEN).tobytes()
-        self.files[split].write(data)
-        self.digests[split].update(data)
+        tokens = ids.astype(TOKEN)
+        self.files[split].write(tokens)
+        self._count(split, tokens)
         for name, n in (("tokens", ids.size), ("docs", docs), ("bytes", n_bytes)):
-            self.counts[split][name] += n
+            self.totals[split][name] += n
 
     def keep(self, name: str, data: bytes):
-        """A small file of that name, on disk from now on, to be committed beside the bins."""
-        aside = self.partial / f"{name}.aside"
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.partial / name)
+        """Stores a small file beside the unfinished bins, on the disk from now on."""
+        atomic_write(self.partial / name, data)
 
     def kept(self, name: str) -> bytes | None:
         path = self.partial / name
         return path.read_bytes() if path.exists() else None
 
     def save(self, state: dict):
-        """What was added so far counts from now on, whatever happens; state: plain values for whoever goes on."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        """Makes what was added so far permanent; `state`, plain values, is what resuming starts from."""
+        self._sync()
         self.state = state
-        self.keep("journal.json", json.dumps({"key": self.key, "counts": self.counts, "state": state}).encode())
+        journal = {"key": self.key, "totals": self.totals, "state": state}
+        atomic_write(self.partial / "journal.json", json.dumps(journal))
 
-    def commit(self, meta: dict, files: dict[str, bytes]) -> dict:
-        """Gives everything its final name: the bins, meta.json, and the small files that go with them. Returns the meta.
-
-        Older bins are removed before, meta.json is renamed first and val.bin last: whoever is killed in between leaves a folder
-        that says what it should hold and lacks it. Bins without a meta.json would pass for somebody else's.
-        """
-        splits = {s: self.counts[s] | {"blake2b": self.digests[s].hexdigest()} for s in SPLITS}
-        own = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": self.vocab_size, "splits": splits}
-        meta = own | meta | {"fingerprint": combined(splits)}
-        small = {"meta.json": encoded(meta)} | files
-        for name, data in small.items():
-            self.keep(name, data)
+    def _sync(self):
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
+
+    def commit(self, details: dict, files: dict[str, bytes]) -> dict:
+        """Gives everything its final name: the bins, meta.json, and `files`, which go with them. Returns the meta.
+
+        Older bins are removed first, then meta.json is renamed first and val.bin last: if the process dies in between, the
+        folder says what it should hold and lacks it. Bins without a meta.json would pass for bins of another program.
+        """
+        splits = {split: self.totals[split] | {"blake2b": self.digests[split].hexdigest()} for split in SPLITS}
+        meta = make_meta(self.vocab_size, splits, self.counts[: self.vocab_size], details)
+        small = {"meta.json": meta_to_json(meta)} | files
+        for name, data in small.items():
+            atomic_write(self.partial / name, data)
+        self._sync()
+        for file in self.files.values():
+            file.close()  # Windows does not rename open files
         bins = [f"{split}.bin" for split in SPLITS]
         for name in bins:
             (self.folder / name).unlink(missing_ok=True)
@@ -154,7 +160,3 @@ class Writer:
             os.replace(self.partial / name, self.folder / name)
         (self.partial / "journal.json").unlink(missing_ok=True)
         return meta
-
-
-def encoded(meta: dict) -> bytes:
-    return (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,9 +1,15 @@
 import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.bins import Bin, fingerprint, order, window_indices
+from config import ROOT
+from data.bins import Bin, DataChanged, fingerprint, order, window_indices
 from data.meta import load_meta
 from errors import UserError
 from tests.test_data_writer import write
@@ -169,8 +175,8 @@ def test_train_bin_itself_wins_over_what_else_has_train_in_its_name(tmp_path):
 
 def test_a_header_that_is_not_that_of_its_file_is_refused(tmp_path):
     for path, message in (
-        (headed(tmp_path / "a.bin", range(100), stated=150), "header states 150 tokens, and 100 are there"),
-        (headed(tmp_path / "b.bin", range(100), stated=99), "header states 99 tokens, and 100 are there"),
+        (headed(tmp_path / "a.bin", range(100), stated=150), "header states 150 tokens, but it holds 100"),
+        (headed(tmp_path / "b.bin", range(100), stated=99), "header states 99 tokens, but it holds 100"),
         (headed(tmp_path / "c.bin", range(100), magic=20240801, version=7, dtype="<u4"), "uint32"),
     ):
         with pytest.raises(UserError, match=message) as e:
@@ -232,3 +238,34 @@ def test_fingerprint_without_meta_reads_both_ends_of_a_large_bin(tmp_path):
         plain(tmp_path / "train.bin", tokens)
         seen.add(fingerprint(tmp_path))
     assert len(seen) == 4
+
+
+def test_each_file_is_looked_at_once_a_batch_and_those_it_does_not_read_not_at_all(tmp_path, monkeypatch):
+    for i in range(4):
+        plain(tmp_path / f"train_{i}.bin", range(100))
+    bin = Bin(tmp_path / "train.bin", seq_len=10, vocab_size=100)
+    looked = []
+    monkeypatch.setattr(Path, "stat", lambda path, _stat=Path.stat, **k: looked.append(path.name) or _stat(path, **k))
+    windows = bin.windows([0, 1, 2, 3, 9, 12, 13])
+    assert looked == ["train_0.bin", "train_1.bin"]
+    assert windows[4].tolist() == [*range(90, 100), 0]
+
+
+def test_a_file_put_back_under_another_inode_is_the_same_file_and_a_changed_one_is_not(tmp_path):
+    path = plain(tmp_path / "train.bin", range(100))
+    bin = Bin(path, seq_len=10, vocab_size=100)
+    shutil.copy2(path, tmp_path / "copy.bin")
+    os.replace(tmp_path / "copy.bin", path)
+    assert bin.windows([1])[0].tolist() == list(range(10, 21))
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(DataChanged, match="changed since this run opened it"):
+        bin.windows([1])
+
+
+def test_a_file_given_as_the_folder_is_answered_with_the_folder(tmp_path):
+    write(tmp_path, range(100))
+    command = [sys.executable, "train.py", f"--data={tmp_path / 'train.bin'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert f"{tmp_path / 'train.bin'}: is a file; pass the folder that holds it: --data={tmp_path}\n" in done.stderr
+    assert not (tmp_path / "run").exists()

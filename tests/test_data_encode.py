@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 
 from data import encode
-from data.encode import batches, encode_all
-from data.readers import Document
-from data.sources import Part
+from data.documents import Document, Part
+from data.encode import Position, Settings, batches, encode_all
 from data.tokenizer import Bytes
 from errors import UserError
 
 
 def part(name, texts, group=""):
     documents = [Document(f"{name}:{i}", text, read=i + 1) for i, text in enumerate(texts)]
-    return Part(name, len(documents), lambda: iter(documents), group)
+    return Part(name, len(documents), lambda state: iter(documents), group)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,23 +35,23 @@ def small(monkeypatch):
 
 
 def test_batches_hold_every_document_once_and_in_order():
-    found = list(batches(PARTS, 0, 0, never))
-    assert [d for b in found for d in b.documents] == [d for p in PARTS for d in p.read()]
+    found = list(batches(PARTS, Position(), never))
+    assert [d for b in found for d in b.documents] == [d for p in PARTS for d in p.read(None)]
     assert len(found) > 10 and all(b.documents for b in found)
 
 
 def test_batches_from_where_one_ended_are_the_rest_of_them():
-    found = list(batches(PARTS, 0, 0, never))
+    found = list(batches(PARTS, Position(), never))
     for i, batch in enumerate(found):
-        assert list(batches(PARTS, batch.part, batch.taken, never)) == found[i + 1 :]
+        assert list(batches(PARTS, batch.end, never)) == found[i + 1 :]
 
 
 def test_a_batch_is_of_one_group_and_of_a_full_one_no_more_is_read():
     parts = [part(name, ["x" * 600] * 5, group) for name, group in zip("abcd", "ppqq", strict=True)]
-    found = list(batches(parts, 0, 0, never))
+    found = list(batches(parts, Position(), never))
     assert [(b.group, len(b.documents)) for b in found] == [("p", 2)] * 5 + [("q", 2)] * 5
     taken = []
-    for batch in batches(parts, 0, 0, lambda group: group == "p" and len(taken) >= 2):
+    for batch in batches(parts, Position(), lambda group: group == "p" and len(taken) >= 2):
         taken.append(batch)
     assert [b.group for b in taken] == ["p"] * 2 + ["q"] * 5
 
@@ -62,21 +61,21 @@ def test_encoding_counts_what_it_writes_and_what_it_leaves_out():
         Document("1", "one"), Document("2", ""), Document("3", None, "undecodable"), Document("4", None, "undecodable"),
         Document("5", "two 🙂"), Document("6", None, "not JSON"),
     ]  # fmt: skip
-    out = encode.encode(Bytes(), documents, 0.0, 0)
+    out = encode.encode(Bytes(), documents, Settings(0.0))
     assert out.ids["train"].tolist() == [256, *b"one", 256, *"two 🙂".encode()] and out.ids["train"].dtype == np.uint16
     assert out.ids["val"].size == 0 and out.docs == {"train": 2} and out.bytes == {"train": 3 + 8}
     assert out.dropped == {"empty": 1, "undecodable": 2, "not JSON": 1}
     assert out.first == {"empty": "2", "undecodable": "3", "not JSON": "6"}
-    assert out.lowest == min(encode.split_place(text.encode(), 0) for text in ("one", "two 🙂"))
+    assert out.lowest == min(encode.split_hash(text.encode(), 0) for text in ("one", "two 🙂"))
 
 
 def test_a_document_is_held_out_by_its_text_alone():
     texts = [f"text {i}" for i in range(1000)]
-    out = encode.encode(Bytes(), [Document("", text) for text in texts], 0.2, 0)
-    held = {text for text in texts if encode.split_place(text.encode(), 0) < 0.2}
+    out = encode.encode(Bytes(), [Document("", text) for text in texts], Settings(0.2))
+    held = {text for text in texts if encode.split_hash(text.encode(), 0) < 0.2}
     assert 150 < len(held) == out.docs["val"] < 250
     for order in (reversed(texts), sorted(texts, key=lambda text: text[::-1])):
-        again = encode.encode(Bytes(), [Document("", text) for text in order], 0.2, 0)
+        again = encode.encode(Bytes(), [Document("", text) for text in order], Settings(0.2))
         assert again.docs == out.docs and sorted(again.ids["val"]) == sorted(out.ids["val"])
 
 
@@ -85,15 +84,15 @@ def plain(pairs):
 
 
 def test_any_number_of_processes_gives_the_same_in_the_same_order():
-    one = plain(encode_all(batches(PARTS, 0, 0, never), Bytes(), 0.1, 3, processes=1))
+    one = plain(encode_all(batches(PARTS, Position(), never), Bytes(), Settings(0.1, 3), processes=1))
     assert len(one) > 10
-    assert plain(encode_all(batches(PARTS, 0, 0, never), Bytes(), 0.1, 3, processes=3)) == one
+    assert plain(encode_all(batches(PARTS, Position(), never), Bytes(), Settings(0.1, 3), processes=3)) == one
 
 
 def test_the_source_is_not_read_far_ahead_of_what_is_encoded():
     read = []
-    endless = Part("e", 0, lambda: (read.append(i) or Document(str(i), "x" * 1000) for i in itertools.count()))
-    pairs = encode_all(batches([endless], 0, 0, never), Bytes(), 0.1, 0, processes=2)
+    endless = Part("e", 0, lambda state: (read.append(i) or Document(str(i), "x" * 1000) for i in itertools.count()))
+    pairs = encode_all(batches([endless], Position(), never), Bytes(), Settings(0.1), processes=2)
     for _ in range(20):
         next(pairs)
     pairs.close()
@@ -101,7 +100,7 @@ def test_the_source_is_not_read_far_ahead_of_what_is_encoded():
 
 
 def test_a_process_that_is_killed_is_one_line():
-    pairs = encode_all(batches(PARTS * 50, 0, 0, never), Bytes(), 0.1, 0, processes=2)
+    pairs = encode_all(batches(PARTS * 50, Position(), never), Bytes(), Settings(0.1), processes=2)
     next(pairs)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
@@ -116,7 +115,7 @@ from data import encode
 from tests.test_data_encode import PARTS, never
 from data.tokenizer import Bytes
 encode.BATCH = 1000
-pairs = encode.encode_all(encode.batches(PARTS * 50, 0, 0, never), Bytes(), 0.1, 0, processes=2)
+pairs = encode.encode_all(encode.batches(PARTS * 50, encode.Position(), never), Bytes(), encode.Settings(0.1), processes=2)
 next(pairs)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -48,6 +48,8 @@ def test_others_bins_get_a_meta_json_that_says_what_they_hold(folder, capsys):
     meta = load_meta(folder)
     assert {split: meta["splits"][split]["tokens"] for split in SIZES} == SIZES
     assert {split: meta["splits"][split]["docs"] for split in SIZES} == {"train": 150, "val": 25}
+    assert meta["counts"] == np.bincount(tokens["train"], minlength=257).tolist()
+    assert load_tokenizer(folder).counts.tolist() == meta["counts"]
     assert meta["vocab_size"] == 257 and load_tokenizer(folder).decode(b"abc") == "abc"
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name in before} == before
     for split in SIZES:
@@ -101,6 +103,6 @@ def test_what_is_no_dataset_is_refused_and_nothing_written(tmp_path):
     plain(tmp_path / "train.bin", range(300))
     refused("no file of val tokens; its name must have 'val' in it")
     plain(tmp_path / "val.bin", range(30))
-    refused("token id 299, but bytes has 257 ids", "--tokenizer=bytes")
+    refused("token id 299, but bytes has only 257 ids", "--tokenizer=bytes")
     headed(tmp_path / "val.bin", range(30), stated=31)
-    refused("header states 31 tokens, and 30 are there")
+    refused("header states 31 tokens, but it holds 30")

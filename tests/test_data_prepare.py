@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config import ROOT
 from data import encode, sources
 from data.bins import Bin
+from data.documents import Document, Part
 from data.meta import SPLITS, load_meta
-from data.prepare import ROOT, parse, prepare
+from data.prepare import parse, prepare
 from data.tokenizer import Bytes, SentencePiece, Tiktoken, load_tokenizer
 from errors import UserError
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks, repeatable
@@ -38,7 +40,7 @@ def documents(folder):
 
 
 def texts(parts):
-    return [document.text for part in parts for document in part.read()]
+    return [document.text for part in parts for document in part.read(None)]
 
 
 def contents(folder):
@@ -161,8 +163,10 @@ def test_asking_again_does_nothing(tmp_path, capsys):
 
 
 def test_another_python_is_no_other_dataset(folder, tmp_path, monkeypatch):
-    small = [sources.Document(str(i), f"text {i}") for i in range(50)]
-    monkeypatch.setattr(sources, "python_stdlib", lambda: [sources.Part("small", 50, lambda: iter(small))])
+    small = [Document(str(i), f"text {i}") for i in range(50)]
+    monkeypatch.setitem(
+        sources.SOURCES, "python-stdlib", sources.Source("", lambda: [Part("small", 50, lambda state: iter(small))])
+    )
     argv = ["python-stdlib", "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
     out = prepare(argv)
     meta = load_meta(out)
@@ -255,7 +259,7 @@ def test_a_source_takes_its_own_options_only():
 
 
 def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(folder):
-    assert parse(["repeats"])[1]["out"] == ROOT / "data/repeats"
+    assert parse(["repeats"])[1] == ROOT / "data/repeats"
     for out in (folder, folder / "bins"):
         with pytest.raises(UserError, match="which is read as text"):
             parse(["text", str(folder), f"--out={out}"])
@@ -282,11 +286,11 @@ def test_help_states_each_default():
 
 
 def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
-    def interrupted():
-        yield from itertools.repeat(sources.Document("a", "text"), 100)
+    def interrupted(state):
+        yield from itertools.repeat(Document("a", "text"), 100)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "python_stdlib", lambda: [sources.Part("a", 0, interrupted)])
+    monkeypatch.setitem(sources.SOURCES, "python-stdlib", sources.Source("", lambda: [Part("a", 0, interrupted)]))
     with pytest.raises(KeyboardInterrupt):
         prepare(["python-stdlib", f"--out={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
@@ -296,7 +300,7 @@ KILLED = """
 import os, signal, sys
 from data import encode, prepare, progress
 encode.BATCH, progress.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
-save = progress.Tally.save
+save = progress.Progress.save
 def save_and_die(self):
     global left
     if left % 2:  # half of the deaths come between the bins and their journal
@@ -306,7 +310,7 @@ def save_and_die(self):
         os.kill(os.getpid(), signal.SIGKILL)
     if left % 2 == 0:
         save(self)
-progress.Tally.save = save_and_die
+progress.Progress.save = save_and_die
 prepare.prepare(sys.argv[2:])
 """
 
@@ -324,7 +328,7 @@ def test_a_prepare_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_
     capsys.readouterr()
     killed = prepare([*argv, f"--out={tmp_path / 'killed'}"])
     said = capsys.readouterr().out
-    assert "going on after" in said and "training a bpe" not in said
+    assert "resuming after" in said and "training a bpe" not in said
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
@@ -401,7 +405,7 @@ def test_the_bins_decode_to_the_documents_and_what_does_not_is_counted(tmp_path,
 def test_whatever_the_documents_encoding_keeps_each_or_counts_it(bpe, kind, texts):
     kinds = {"bytes": Bytes, "sentencepiece": lambda: SentencePiece(bpe), "tiktoken": lambda: Tiktoken(GPT)}
     tokenizer = kinds[kind]()
-    out = encode.encode(tokenizer, [sources.Document(str(i), text) for i, text in enumerate(texts)], 0.5, 0)
+    out = encode.encode(tokenizer, [Document(str(i), text) for i, text in enumerate(texts)], encode.Settings(0.5))
     found = [
         tokenizer.decode(part[1:])
         for ids in out.ids.values()

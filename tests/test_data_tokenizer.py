@@ -5,30 +5,20 @@ import itertools
 import json
 import re
 import sys
-import time
 import unittest.mock
 
+import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.tokenizer as tokenizer_module
-from data.tokenizer import (
-    GPT2_PATTERN,
-    HEX,
-    Bytes,
-    Chars,
-    Ids,
-    SentencePiece,
-    Tiktoken,
-    _pieces,
-    get_tokenizer,
-    load_tokenizer,
-    tokenizer_from_state,
-    tokenizer_to_meta,
-)
+import data.tokenizer_kinds as kinds
+from data.meta import load_meta
+from data.tokenizer import get_tokenizer, load_tokenizer, same_tokenizer, tokenizer_from_state, tokenizer_to_meta
+from data.tokenizer_kinds import GPT2_PATTERN, HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken, _pieces
 from data.writer import Writer
 from errors import UserError
 
@@ -125,7 +115,7 @@ def sp(request, model):
 @repeatable
 @given(text=ANY_TEXT, words=st.lists(st.sampled_from(["\n", "\n\n", " the", "th", "a", "b", "    ", "\r\n", "你", "12", "\t"])))
 def test_encoding_between_line_ends_gives_the_ids_of_the_whole(sp, text, words):
-    with unittest.mock.patch.object(tokenizer_module, "LINES_CHARS", 2):
+    with unittest.mock.patch.object(kinds, "LINES_CHARS", 2):
         for whole in (text, "".join(words), "".join(words) + text + "".join(words)):
             assert sp.encode(whole) == sp.sp.encode(whole)
 
@@ -253,7 +243,7 @@ def test_text_cut_into_pieces_has_the_ids_of_the_whole(text):
     tokenizer = Tiktoken(ranks(TOKENS))
     whole = list(tokenizer.encode(text))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "GPT2_CHARS", 12)
+        patch.setattr(kinds, "GPT2_CHARS", 12)
         pieces = list(_pieces(text))
         assert "".join(pieces) == text and all(0 < len(piece) <= 12 for piece in pieces)
         places = [re.search(r"\S[ \n]", piece + after[0]) for piece, after in itertools.pairwise(pieces)]
@@ -262,11 +252,11 @@ def test_text_cut_into_pieces_has_the_ids_of_the_whole(text):
 
 def test_a_ranks_file_that_is_none_is_refused_with_the_fault():
     for lines, fault in [
-        (b"nonsense", "line 1 is not"),
-        (ranks(TOKENS) + b"==== 9\n", "line 274 is not|ranks leave gaps"),
-        (ranks(TOKENS) + b"YQ== \n", "line 274 is not"),
-        (ranks(TOKENS) + b"YQ== 273\n", "there twice"),
-        (ranks([*TOKENS, b"zz"], [*range(len(TOKENS)), 3]), "there twice"),
+        (b"nonsense", "expected a base64 token and its rank on each line"),
+        (ranks(TOKENS) + b"==== 9\n", "expected a base64 token|ranks leave gaps"),
+        (ranks(TOKENS) + b"YQ== \n", "expected a base64 token"),
+        (ranks(TOKENS) + b"YQ== 273\n", "occur twice"),
+        (ranks([*TOKENS, b"zz"], [*range(len(TOKENS)), 3]), "occur twice"),
         (ranks([*TOKENS, b"zz"], [*range(len(TOKENS)), 300]), "leave gaps"),
         (ranks(TOKENS[1:]), "lacks 1 of the 256 bytes, such as 0x00"),
         (b"", "lacks 256"),
@@ -298,11 +288,11 @@ def test_a_name_that_gives_none_is_refused_with_the_remedy(tmp_path, model, monk
         refused(tmp_path / f"a.{suffix}", fault)
     (tmp_path / "b.model").write_bytes(model(bos_id=-1))
     refused(tmp_path / "b.model", "has no bos")
-    refused("gpt-2", "expected bytes, bpe, a file.model .* nearest names are .*gpt2")
-    refused("bytse", "nearest names are bytes")
-    refused("tokenizer.json", "a file.tiktoken of ranks")
+    refused("gpt-2", "expected bytes, bpe, a .model file .* did you mean gpt2?")
+    refused("bytse", "did you mean bytes?")
+    refused("tokenizer.json", "a .tiktoken file of ranks")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    refused("gpt2", "expected bytes, .* tiktoken is not installed, and this tokenizer needs it: pip install tiktoken")
+    refused("gpt2", "tiktoken is not installed, and this tokenizer needs it: pip install tiktoken")
 
 
 def test_more_ids_than_uint16_holds_are_refused(tmp_path):
@@ -340,13 +330,19 @@ def test_an_encoding_of_tiktoken_keeps_its_ids_and_needs_no_network_again(encodi
     assert tokenizer_from_state(tokenizer.state()).decode(tokenizer.encode("the 你")) == "the 你"
 
 
-def test_an_encoding_that_is_not_gpt2s_kind_is_refused(encodings):
-    encodings["p50k_edit"] = lambda: encoding(**{"<|fim_prefix|>": 500})
-    encodings["other"] = lambda: encoding(pat_str=r"\s+|\S")
-    encodings["cl100k_base"] = lambda: encoding(**{"<|endofprompt|>": 100276})
-    refused("p50k_edit", "other special tokens than <.endoftext.>; name gpt2")
-    refused("other", "splits text otherwise than GPT-2")
-    refused("cl100k_base", "100,277 ids does not fit uint16")
+@pytest.mark.parametrize("name", ["p50k_edit", "cl100k_base", "o200k_base"])
+def test_an_encoding_that_is_not_gpt2s_kind_is_refused(name):
+    refused(name, "expected bytes, .*gpt2, r50k_base, p50k_base")
+
+
+def test_the_encodings_on_offer_split_text_as_gpt2_does_and_have_one_special_token(monkeypatch):
+    """Those of tiktoken itself, with its own small vocabularies in place of the ones it would download."""
+    plugin = pytest.importorskip("tiktoken_ext.openai_public")
+    monkeypatch.setattr(plugin, "data_gym_to_mergeable_bpe_ranks", lambda **_: {t: i for i, t in enumerate(TOKENS)})
+    monkeypatch.setattr(plugin, "load_tiktoken_bpe", lambda *_, **__: {t: i for i, t in enumerate(TOKENS)})
+    for name in ("gpt2", "r50k_base", "p50k_base"):
+        made = getattr(plugin, name)()
+        assert made["pat_str"] == GPT2_PATTERN and list(made["special_tokens"]) == ["<|endoftext|>"]
 
 
 def test_without_network_the_way_out_is_named(monkeypatch, encodings, tmp_path):
@@ -357,9 +353,6 @@ def test_without_network_the_way_out_is_named(monkeypatch, encodings, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.load, "read_file", fails)
     refused("gpt2", r"cannot download it \(ConnectionError: HTTPS.*r50k_base.tiktoken\), and pass --tokenizer=FILE.tiktoken")
-    monkeypatch.setattr(tokenizer_module, "DOWNLOAD_SECONDS", 0.05)
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda _: time.sleep(0.5))
-    refused("gpt2", r"cannot download it \(TimeoutError: not done in 0.05 s\)")
 
 
 def prepared(folder, tokenizer):
@@ -372,7 +365,7 @@ def prepared(folder, tokenizer):
 def test_a_prepared_folder_gives_its_vocabulary_back(tokenizer, tmp_path):
     files = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
     assert list(tokenizer_to_meta(tokenizer)[1]) == ([files[tokenizer.kind]] if tokenizer.kind in files else [])
-    assert load_tokenizer(prepared(tmp_path, tokenizer)).state() == tokenizer.state()
+    assert same_tokenizer(load_tokenizer(prepared(tmp_path, tokenizer)).state(), tokenizer.state())
 
 
 def test_a_folder_without_meta_gives_ids(tmp_path):
@@ -391,3 +384,34 @@ def test_a_tokenizer_that_is_missing_or_another_one_is_refused(tmp_path, bpe):
         SentencePiece(b"nonsense")
     with pytest.raises(UserError, match="'morse'"):
         tokenizer_from_state({"kind": "morse"})
+
+
+def test_counts_travel_with_the_tokenizer_and_are_none_where_unknown(tokenizer, tmp_path):
+    assert tokenizer.counts is None and "counts" not in tokenizer.state()
+    entry, files = tokenizer_to_meta(tokenizer)
+    with Writer(tmp_path, tokenizer.size) as writer:
+        writer.add("train", [5, 0, 5, tokenizer.bos])
+        writer.add("val", [1, 5])
+        writer.commit({"tokenizer": json.loads(json.dumps(entry))}, files)
+    counted = load_tokenizer(tmp_path)
+    expected = np.bincount([5, 0, 5, tokenizer.bos], minlength=tokenizer.size)
+    assert counted.counts.dtype == np.int64 and np.array_equal(counted.counts, expected)
+    torch.save(counted.state(), tmp_path / "state.pt")
+    again = tokenizer_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert np.array_equal(again.counts, expected) and again.state() == counted.state() != tokenizer.state()
+    assert same_tokenizer(counted.state(), tokenizer.state()) and not same_tokenizer(counted.state(), Ids(3).state())
+    assert tokenizer_to_meta(counted) == tokenizer_to_meta(tokenizer)
+    for wrong in ([], [1], "x", 7, [*expected.tolist()[:-1], 0.5], [-1, *expected.tolist()[1:]]):
+        with pytest.raises(UserError, match="counts cannot be read"):
+            tokenizer_from_state(counted.state() | {"counts": wrong})
+
+
+def test_a_folder_prepared_before_ids_were_counted_loads_without_counts(tmp_path):
+    prepared(tmp_path, Bytes())
+    meta = load_meta(tmp_path)
+    del meta["counts"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert load_tokenizer(tmp_path).counts is None and load_tokenizer(tmp_path).state() == {"kind": "bytes"}
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"counts": [1, 2]}))
+    with pytest.raises(UserError, match="counts is missing or of the wrong kind"):
+        load_tokenizer(tmp_path)

@@ -43,6 +43,7 @@ def test_meta_counts_what_was_written(tmp_path):
         meta = writer.commit({"bos_id": 256, "tokenizer": {"kind": "bytes"}}, {"extra": b"beside"})
     assert load_meta(tmp_path) == meta and meta["bos_id"] == 256 and meta["vocab_size"] == 300
     train, val = meta["splits"]["train"], meta["splits"]["val"]
+    assert meta["counts"] == np.bincount([256, 1, 2, 256, 3], minlength=300).tolist()
     assert (train["tokens"], train["docs"], train["bytes"]) == (5, 2, 3)
     assert (val["tokens"], val["docs"], val["bytes"]) == (0, 1, 0)
     assert train["blake2b"] == hashlib.blake2b((tmp_path / "train.bin").read_bytes(), digest_size=16).hexdigest()
@@ -114,7 +115,7 @@ def half(folder, key="k"):
 def test_what_was_saved_is_gone_on_with_and_what_came_after_is_not(tmp_path):
     half(tmp_path / "a")
     with Writer(tmp_path / "a", 100, "k") as writer:
-        assert writer.state == {"at": 3} and writer.counts["train"] == {"tokens": 50, "docs": 1, "bytes": 7}
+        assert writer.state == {"at": 3} and writer.totals["train"] == {"tokens": 50, "docs": 1, "bytes": 7}
         writer.add("val", range(40))
         went_on = writer.commit({"tokenizer": {"kind": "bytes"}}, {})
     with Writer(tmp_path / "b", 100, "k") as writer:
@@ -122,6 +123,7 @@ def test_what_was_saved_is_gone_on_with_and_what_came_after_is_not(tmp_path):
         writer.add("train", range(50), n_bytes=7)
         writer.add("val", range(40))
         assert writer.commit({"tokenizer": {"kind": "bytes"}}, {}) == went_on
+    assert went_on["counts"] == [1] * 50 + [0] * 50
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab")
     assert one == two and one.keys() == {"meta.json", "train.bin", "val.bin"}
 
@@ -143,7 +145,7 @@ def test_a_commit_cut_short_after_a_save_is_gone_on_with(tmp_path, monkeypatch, 
         writer.add("val", range(40))
         writer.commit({"tokenizer": {"kind": "bytes"}}, {})
     with Writer(tmp_path, 100, "k") as writer:
-        assert writer.counts["train"]["tokens"] == 50
+        assert writer.totals["train"]["tokens"] == 50
         writer.add("val", range(40))
         writer.commit({"tokenizer": {"kind": "bytes"}}, {})
     assert Bin(tmp_path / "train.bin", 49, 100).windows([0])[0].tolist() == list(range(50))
@@ -162,7 +164,7 @@ def test_an_unfinished_dataset_of_another_key_is_refused_and_kept(tmp_path):
 def test_unfinished_bins_shorter_than_their_journal_are_refused(tmp_path):
     half(tmp_path)
     os.truncate(tmp_path / ".partial/train.bin", 10)
-    with pytest.raises(UserError, match="begin anew"), Writer(tmp_path, 100, "k"):
+    with pytest.raises(UserError, match="start again"), Writer(tmp_path, 100, "k"):
         pass
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import eval_copy
 from config import ROOT, Config
-from data.tokenizer import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
+from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
 from errors import UserError
 from hf import export
 from hf import folder as huggingface
