@@ -21,6 +21,7 @@ import numpy as np
 
 from data.documents import Document, Part
 from data.meta import SPLITS, TOKEN
+from data.repeat import insert_repeats
 from data.tokenizer import tokenizer_from_state
 from data.tokenizer_kinds import Tokenizer
 from errors import UserError
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
 
     val_fraction: float
     seed: int = 0
+    repeat: float = 0.0  # share of the training tokens in inserted copies
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Encoded:
     docs, bytes: number of documents and bytes of their text, by split
     dropped, altered: number of documents, by reason; first: the id of the first dropped document, by reason
     lowest: the least split_hash()
+    repeated: tokens in inserted copies
     """
 
     ids: dict[str, np.ndarray] = field(default_factory=dict)
@@ -75,6 +78,7 @@ class Encoded:
     altered: Counter = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     lowest: float = 1.0
+    repeated: int = 0
 
 
 def batches(parts: list[Part], start: Position, is_full: Callable[[str], bool]) -> Iterator[Batch]:
@@ -121,7 +125,12 @@ def encode(tokenizer: Tokenizer, documents: list[Document], settings: Settings) 
         place = split_hash(data, settings.seed)
         split = "val" if place < settings.val_fraction else "train"
         ids = np.asarray(tokenizer.encode(text), TOKEN)
-        pieces[split] += bos, ids
+        if settings.repeat and split == "train":
+            with_copies, n = insert_repeats(ids, settings.repeat, np.random.default_rng([settings.seed, int(place * 2**64)]))
+            pieces[split] += bos, with_copies
+            out.repeated += n
+        else:
+            pieces[split] += bos, ids
         out.docs[split] += 1
         out.bytes[split] += len(data)
         out.lowest = min(out.lowest, place)

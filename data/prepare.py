@@ -51,7 +51,7 @@ def prepare(argv: list[str]) -> Path:
         tokenizer = tokenizer or train_tokenizer(args["vocab_size"], parts, writer, f"{listing}.model")
         writer.vocab_size = tokenizer.size
         with Progress(writer, parts, args.get("tokens", 0)) as progress:
-            settings = Settings(args["val_fraction"], args["seed"])
+            settings = Settings(args["val_fraction"], args["seed"], args.get("repeat", 0.0))
             source = batches(parts, progress.position, progress.is_full)
             for batch, encoded in encode_all(source, tokenizer, settings, processes):
                 progress.add(batch, encoded)
@@ -66,6 +66,10 @@ def prepare(argv: list[str]) -> Path:
             "altered": progress.altered,
             "source": {"arguments": args, "python": platform.python_version()},
         }
+        if "repeat" in args:
+            share = progress.repeated / writer.totals["train"]["tokens"]
+            details["repeat"] = {"tokens": progress.repeated, "share": share}
+            print(f"{share:.2%} of the training tokens are in inserted copies")
         writer.commit(details, files)
     sizes = ", ".join(f"{split} {writer.totals[split]['tokens']:,} tokens" for split in SPLITS)
     print(f"{out}: {sizes}, vocab_size {tokenizer.size} ({tokenizer.kind})")
@@ -86,6 +90,10 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
             command.add_argument(
                 "--vocab_size", type=int, default=argparse.SUPPRESS, metavar="INT",
                 help="number of ids of the bpe tokenizer (default: 2048)",
+            )  # fmt: skip
+            command.add_argument(
+                "--repeat", type=float, default=0.0, metavar="SHARE",
+                help="share of the training tokens to be inserted as copies of passages shortly before them",
             )  # fmt: skip
         command.add_argument("--out", type=Path, default=ROOT / "data" / name, metavar="FOLDER", help="where to write")
         command.add_argument("--val_fraction", type=float, default=0.01, metavar="FLOAT", help="share of documents held out")
@@ -110,6 +118,10 @@ def check(args: dict, out: Path, processes: int):
         raise UserError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
     if args["seed"] < 0:
         raise UserError(f"--seed={args['seed']}: expected 0 or more")
+    if not 0 <= args.get("repeat", 0) <= 0.5:
+        raise UserError(f"--repeat={args['repeat']}: expected a share from 0 to 0.5, such as 0.02")
+    if not args.get("repeat"):
+        args.pop("repeat", None)  # meta.json of before does not have it
     if processes < 1:
         raise UserError(f"--processes={processes}: expected 1 or more")
     tokenizer = args.get("tokenizer")

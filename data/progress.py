@@ -35,6 +35,7 @@ class Progress:
         self.spent = Counter(state.get("spent"))  # tokens, by group
         self.first = state.get("first", {})
         self.lowest = state.get("lowest", 1.0)
+        self.repeated = state.get("repeated", 0)  # tokens in inserted copies
         if writer.state:
             print(f"{writer.folder}: resuming after {self.total('docs'):,} documents", flush=True)
         sizes = [part.size for part in parts]
@@ -67,14 +68,15 @@ class Progress:
             self.altered.update(encoded.altered)
             self.first = encoded.first | self.first
             self.lowest = min(self.lowest, encoded.lowest)
+            self.repeated += encoded.repeated
         if time.monotonic() - self.saved >= SAVE_SECONDS:
             self.save()
             self.saved = time.monotonic()
         self.bar.update(self.done() - self.bar.n)
 
     def save(self):
-        state = {name: getattr(self, name) for name in ("position", "dropped", "altered", "spent", "first", "lowest")}
-        self.writer.save(state)
+        names = ("position", "dropped", "altered", "spent", "first", "lowest", "repeated")
+        self.writer.save({name: getattr(self, name) for name in names})
 
     def done(self) -> int:
         """Returns how far it is, in self.unit: tokens of those wanted, else bytes read, else bytes of text written."""

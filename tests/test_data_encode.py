@@ -12,6 +12,7 @@ import pytest
 from data import encode
 from data.documents import Document, Part
 from data.encode import Position, Settings, batches, encode_all
+from data.repeat import insert_repeats
 from data.tokenizer import Bytes
 from errors import UserError
 
@@ -113,6 +114,7 @@ def test_where_the_parent_is_killed_its_processes_go_too():
 import itertools, multiprocessing, os, signal
 from data import encode
 from tests.test_data_encode import PARTS, never
+from data.repeat import insert_repeats
 from data.tokenizer import Bytes
 encode.BATCH = 1000
 pairs = encode.encode_all(encode.batches(PARTS * 50, encode.Position(), never), Bytes(), encode.Settings(0.1), processes=2)
@@ -123,3 +125,49 @@ os.kill(os.getpid(), signal.SIGKILL)
     # The pipe of its output is open until the last of them has gone.
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL and len(done.stdout.split()) == 2
+
+
+class Distinct(Bytes):
+    """A tokenizer that makes of the text "n ..." the ids 0 to n - 1, each once: a second one can only be a copy."""
+
+    def encode(self, text):
+        return np.arange(int(text.split()[0]))
+
+
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.08, 0.5])
+def test_the_share_asked_for_lies_in_passages_of_20_to_100_tokens_copied_from_shortly_before(share):
+    rng = np.random.default_rng(0)
+    total = copied = 0
+    passages = []
+    for n in np.repeat([10, 30, 100, 1000, 30_000], [400, 400, 400, 400, 40]).tolist():
+        ids, inserted = insert_repeats(np.arange(n), share, rng)
+        originals = np.unique(ids, return_index=True)[1]  # where each id stands first
+        is_copy = np.ones(len(ids), bool)
+        is_copy[originals] = False
+        assert np.array_equal(ids[~is_copy], np.arange(n)) and is_copy.sum() == inserted
+        places = np.flatnonzero(is_copy)
+        breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(ids[places]) != 1)) + 1
+        passages += [part for part in np.split(places, breaks) if len(part)]
+        if share <= 0.02:  # few enough that copies hardly meet
+            assert (places - originals[ids[places]]).max(initial=0) < 500
+        total += len(ids)
+        copied += inserted
+    assert abs(copied / total - share) < 0.05 * share
+    if share <= 0.02:
+        lengths = [len(part) for part in passages]
+        assert len(lengths) > 50 and min(lengths) >= 20 and max(lengths) <= 100
+
+
+def test_copies_depend_on_the_text_and_the_seed_alone_and_documents_held_out_get_none():
+    texts = [f"{n} text {i}" for i, n in enumerate([10, 40, 400, 4000] * 25)]
+    documents = [Document(text, text) for text in texts]
+    plain, copies, again, other = (
+        encode.encode(Distinct(), documents, settings)
+        for settings in (Settings(0.2), Settings(0.2, 0, 0.1), Settings(0.2, 0, 0.1), Settings(0.2, 1, 0.1))
+    )
+    assert copies.ids["train"].tolist() == again.ids["train"].tolist() != other.ids["train"].tolist()
+    assert copies.ids["val"].tolist() == plain.ids["val"].tolist() and copies.bytes == plain.bytes
+    assert len(copies.ids["train"]) == len(plain.ids["train"]) + copies.repeated and plain.repeated == 0
+    cut = [encode.encode(Distinct(), documents[i : i + 7], Settings(0.2, 0, 0.1)) for i in range(0, 100, 7)]
+    assert np.concatenate([out.ids["train"] for out in cut]).tolist() == copies.ids["train"].tolist()
+    assert sum(out.repeated for out in cut) == copies.repeated

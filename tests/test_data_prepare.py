@@ -315,7 +315,7 @@ prepare.prepare(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("options", [["--tokenizer=bytes"], ["--tokenizer=bpe", "--vocab_size=300"]])
+@pytest.mark.parametrize("options", [["--tokenizer=bytes", "--repeat=0.1"], ["--tokenizer=bpe", "--vocab_size=300"]])
 def test_a_prepare_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(folder, tmp_path, options, capsys):
     lines = [json.dumps({"text": f"line {i} 🙂" * (i % 50)}) for i in range(400)]
     (folder / "lines.jsonl").write_text("\n".join([*lines, "not json"]))
@@ -346,6 +346,40 @@ def test_any_number_of_processes_gives_the_same_bytes(folder, tmp_path, monkeypa
     found = [prepare([*argv, f"--processes={n}", f"--out={tmp_path / str(n)}"]) for n in (1, 2, 3)]
     one, *others = ({p.name: p.read_bytes() for p in out.iterdir()} for out in found)
     assert others == [one] * 2
+
+
+def repeated(ids, bos, n=12):
+    """The share of tokens that end n tokens which stand earlier in the same document."""
+    count = 0
+    for document in np.split(ids, np.flatnonzero(ids == bos)[1:]):
+        seen = set()
+        for i in range(n, len(document) + 1):
+            gram = document[i - n : i].tobytes()
+            count += gram in seen
+            seen.add(gram)
+    return count / len(ids)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_repeat_adds_the_share_asked_for_to_the_training_text_and_records_it(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(encode, "BATCH", 20_000)
+    rng = np.random.default_rng(0)
+    for i in range(60):  # text without repetition of its own
+        (tmp_path / f"{i}.txt").write_bytes(bytes(rng.integers(33, 127, size=8000, dtype=np.uint8)))
+    argv = ["text", *map(str, tmp_path.glob("*.txt")), "--val_fraction=0.2", f"--processes={processes}"]
+    plain = prepare([*argv, f"--out={tmp_path / 'plain'}"])
+    out = prepare([*argv, "--repeat=0.08", f"--out={tmp_path / 'out'}"])
+    train, before = (np.fromfile(folder / "train.bin", "<u2") for folder in (out, plain))
+    meta = load_meta(out)["repeat"]
+    assert meta["tokens"] == len(train) - len(before) and meta["share"] == meta["tokens"] / len(train)
+    assert 0.07 < meta["share"] < 0.09 and repeated(before, 256) == 0
+    mean = 60  # tokens in a copy, of which the first 11 end no 12 tokens seen before
+    assert 0.9 < repeated(train, 256) / (meta["share"] * (mean - 11) / mean) < 1.1
+    assert (out / "val.bin").read_bytes() == (plain / "val.bin").read_bytes()
+    assert "repeat" not in load_meta(plain) and "repeat" not in load_meta(plain)["source"]["arguments"]
+    assert load_meta(out)["counts"] == np.bincount(train, minlength=257).tolist()
+    with pytest.raises(UserError, match="--repeat=0.7"):
+        parse(["python-stdlib", "--repeat=0.7"])
 
 
 def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):
