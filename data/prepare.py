@@ -18,6 +18,7 @@ import inspect
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from config import ROOT, Parser
@@ -27,7 +28,7 @@ from data.encode import Settings, batches, encode_all
 from data.import_bins import import_bins
 from data.meta import SPLITS, load_meta
 from data.progress import Progress
-from data.sources import SOURCES
+from data.sources import SOURCES, option
 from data.tokenizer import CHOICES, get_tokenizer, tokenizer_to_meta
 from data.tokenizer_kinds import SentencePiece, Tokenizer
 from data.writer import Writer
@@ -76,34 +77,32 @@ def prepare(argv: list[str]) -> Path:
     return out
 
 
+BPE_CHARS = 10**9  # of text that the sample for training a tokenizer is drawn from, at most
+TEXT = {
+    "--tokenizer": option("bytes", CHOICES, "NAME"),
+    "--vocab_size": option(2048, "number of ids of the bpe tokenizer (default: 2048)") | {"default": argparse.SUPPRESS},
+    "--repeat": option(0.0, "share of the training tokens to insert as copies of passages shortly before them", "SHARE"),
+}
+COMMON = {
+    "--val_fraction": option(0.01, "share of documents held out"),
+    "--seed": option(0, "of the choice of val, of repeats' rows and of --repeat's copies"),
+}
+
+
 def parse(argv: list[str]) -> tuple[dict, Path, int]:
     """Returns the arguments that determine the dataset, as meta.json keeps them; its folder; and the number of processes."""
     parser = Parser(prog="python -m data.prepare", description="Turns text into bins. SOURCE --help lists its options.")
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     commands = parser.add_subparsers(dest="source", metavar="SOURCE", required=True)
     for name, source in SOURCES.items():
+        formatter = argparse.ArgumentDefaultsHelpFormatter
         command = commands.add_parser(name, help=source.help, description=source.help, formatter_class=formatter)
-        for option, keywords in source.options.items():
-            command.add_argument(option, **keywords)
-        if not source.tokenizer:
-            command.add_argument("--tokenizer", default="bytes", metavar="NAME", help=CHOICES)
-            command.add_argument(
-                "--vocab_size", type=int, default=argparse.SUPPRESS, metavar="INT",
-                help="number of ids of the bpe tokenizer (default: 2048)",
-            )  # fmt: skip
-            command.add_argument(
-                "--repeat", type=float, default=0.0, metavar="SHARE",
-                help="share of the training tokens to be inserted as copies of passages shortly before them",
-            )  # fmt: skip
+        for flag, keywords in (source.options | ({} if source.tokenizer else TEXT) | COMMON).items():
+            command.add_argument(flag, **keywords)
         command.add_argument("--out", type=Path, default=ROOT / "data" / name, metavar="FOLDER", help="where to write")
-        command.add_argument("--val_fraction", type=float, default=0.01, metavar="FLOAT", help="share of documents held out")
-        command.add_argument("--seed", type=int, default=0, metavar="INT", help="of the choice of val, and of repeats' rows")
-        command.add_argument("--processes", type=int, default=cores(), metavar="INT", help="number that encode text")
+        command.add_argument("--processes", **option(cores(), "number of processes that encode text"))
     command = commands.add_parser("from-bin", help="bins of nanoGPT, llama2.c, llm.c or modded-nanogpt: writes their meta.json")
     command.add_argument("out", type=Path, metavar="FOLDER", help="folder that holds the bins")
-    command.add_argument(
-        "--tokenizer", default="", metavar="NAME", help="bytes, a .model or .tiktoken file, or gpt2; else unknown"
-    )
+    command.add_argument("--tokenizer", **option("", "bytes, a .model or .tiktoken file, or gpt2; else unknown", "NAME"))
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     processes = args.pop("processes", 1)
@@ -167,10 +166,23 @@ def train_tokenizer(size: int, parts: list[Part], writer: Writer, name: str) -> 
     model = writer.kept(name)
     if model is None:
         print(f"training a bpe tokenizer of {size} ids", flush=True)
-        texts = (document.text for part in parts for document in part.read(None) if document.text)
-        model = bpe.train_bpe(texts, size)
+        model = bpe.train_bpe(training_texts(parts), size)
         writer.keep(name, model)
     return SentencePiece(model)
+
+
+def training_texts(parts: list[Part]) -> Iterator[str]:
+    """Yields the texts of the parts, of a large source the first BPE_CHARS characters: of each group by its weight."""
+    weights = {part.group: part.weight for part in parts}
+    left = {group: BPE_CHARS * weight / sum(weights.values()) for group, weight in weights.items()}
+    for part in parts:
+        documents = part.read(None) if left[part.group] > 0 else ()
+        for document in documents:
+            if document.text:
+                yield document.text
+                left[part.group] -= len(document.text)
+                if left[part.group] <= 0:
+                    break
 
 
 def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:

@@ -132,9 +132,19 @@ def share(text: str) -> dict[str, float]:
     return {name: float(weight)}
 
 
-FIELD = {"--field": dict(default="text", metavar="NAME", help="key or column that holds the text")}
+def option(default, help: str, metavar: str = "", **keywords) -> dict:
+    """Returns the keyword arguments of add_argument for an option of the type of its default."""
+    return {
+        "type": type(default),
+        "default": default,
+        "metavar": metavar or type(default).__name__.upper(),
+        "help": help,
+    } | keywords
+
+
+FIELD = {"--field": option("text", "key or column that holds the text", "NAME")}
 CORPUS = FIELD | {
-    "--tokens": dict(type=count, default=0, metavar="N", help="stop after about N tokens, such as 40e9; 0: read everything"),
+    "--tokens": option(0, "stop after about N tokens, such as 40e9; 0: read everything", "N", type=count),
     "--download": dict(action="store_true", help="download the files before reading them, instead of streaming"),
 }
 SOURCES = {
@@ -149,14 +159,12 @@ SOURCES = {
         "rows of random characters in which earlier spans repeat",
         repeats,
         {
-            "--alphabet": dict(type=int, default=64, metavar="INT", help="number of different characters"),
-            "--length": dict(
-                type=int, default=128, metavar="INT", help="tokens in a row with its bos: the seq_len to train with"
-            ),
-            "--rows": dict(type=int, default=90000, metavar="INT", help="number of rows, each of which is a document"),
-            "--span_min": dict(type=int, default=32, metavar="INT", help="shortest segment, in characters"),
-            "--span_max": dict(type=int, default=64, metavar="INT", help="longest segment, in characters"),
-            "--tiled": dict(type=float, default=0.85, metavar="FLOAT", help="share of rows that are one segment, repeated"),
+            "--alphabet": option(64, "number of different characters"),
+            "--length": option(128, "tokens in a row with its bos: the seq_len to train with"),
+            "--rows": option(90000, "number of rows, each of which is a document"),
+            "--span_min": option(32, "shortest segment, in characters"),
+            "--span_max": option(64, "longest segment, in characters"),
+            "--tiled": option(0.85, "share of rows that are one segment, repeated"),
         },
         lambda args: Chars(args["alphabet"]),
     ),
@@ -165,11 +173,16 @@ SOURCES = {
         corpora.corpus,
         {
             "paths": dict(nargs="+", metavar="PATH", help="a dataset such as HuggingFaceFW/fineweb-edu, or files and URLs"),
-            "--name": dict(default="", metavar="NAME", help="configuration of the dataset, such as sample-10BT"),
-            "--split": dict(default="train", metavar="NAME", help="split of the dataset"),
-            "--revision": dict(default="", metavar="SHA", help="revision of the dataset, which keeps it the same for ever"),
+            "--name": option("", "configuration of the dataset, such as sample-10BT", "NAME"),
+            "--split": option("train", "split of the dataset", "NAME"),
+            "--revision": option("", "revision of the dataset: with one, it stays the same for ever", "SHA"),
         }
         | CORPUS,
+    ),
+    "fineweb-edu": Source(
+        "FineWeb-Edu's sample of 10 billion tokens: 28.5 GB",
+        functools.partial(corpora.corpus, ["HuggingFaceFW/fineweb-edu"], "sample-10BT"),
+        CORPUS,
     ),
     "redpajama-sample": Source(
         "RedPajama's sample of a billion tokens: 11 files, 5.4 GB",
@@ -180,14 +193,9 @@ SOURCES = {
         "RedPajama v1, each of its sources by its share of --tokens",
         corpora.redpajama,
         {
-            "--urls": dict(default=corpora.RED_PAJAMA_URLS, metavar="LIST", help="file or URL that lists its URLs, one a line"),
-            "--share": dict(type=share, action="append", default=[], metavar="SOURCE=WEIGHT", help="weight of one source"),
+            "--urls": option(corpora.RED_PAJAMA_URLS, "file or URL that lists the URLs of its files, one a line", "LIST"),
+            "--share": option([], "weight of one of its sources", "SOURCE=WEIGHT", type=share, action="append"),
         }
         | CORPUS,
-    ),
-    "fineweb-edu": Source(
-        "FineWeb-Edu's sample of 10 billion tokens: 28.5 GB",
-        functools.partial(corpora.corpus, ["HuggingFaceFW/fineweb-edu"], "sample-10BT"),
-        CORPUS,
     ),
 }

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from data import encode, sources
 from data.bins import Bin
 from data.documents import Document, Part
 from data.meta import SPLITS, load_meta
-from data.prepare import parse, prepare
+from data.prepare import parse, prepare, training_texts
 from data.tokenizer import Bytes, SentencePiece, Tiktoken, load_tokenizer
 from errors import UserError
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks, repeatable
@@ -394,6 +395,15 @@ def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):
     assert f"left out: 2 documents undecodable, the first {path}:53" in said
     found = documents(out)
     assert sorted(found["train"] + found["val"]) == sorted([f"text {i}" for i in range(50)] * 2)
+
+
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_large_source_each_group_by_its_weight(monkeypatch):
+    def part(name, group, weight):
+        return Part(name, None, lambda state: (Document("", name * 100) for _ in itertools.count()), group, weight)
+
+    monkeypatch.setattr("data.prepare.BPE_CHARS", 40_000)
+    read = list(training_texts([part("a", "x", 1), part("b", "x", 1), part("c", "y", 3)]))
+    assert Counter(text[0] for text in read) == {"a": 100, "c": 300}
 
 
 def test_a_tokenizer_that_changed_under_a_dataset_is_seen(folder, tmp_path):
