@@ -73,7 +73,7 @@ def main() -> int:
         about = machine()  # before the figures: the commit that they are of
         if args.what == "data":
             result = preparing.prepare_rates(args.rounds or 5)
-            print(preparing.said(result))
+            print(preparing.summary(result))
         else:
             result = each_config(args.what, args, settings)
     except (UserError, copying.RunFailed) as e:
