@@ -297,6 +297,19 @@ def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_is_one_line_and_status_130(tmp_path, processes):
+    command = [sys.executable, "-u", "-m", "data.prepare", "repeats", "--rows=10000000", f"--out={tmp_path / 'out'}"]
+    child = subprocess.Popen(
+        [*command, f"--processes={processes}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdout.read(1)  # the progress bar
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal sends it
+    _, error = child.communicate(timeout=60)
+    assert (child.returncode, error.decode()) == (130, "interrupted; run the same command again to resume\n")
+    assert not (tmp_path / "out/train.bin").exists()
+
+
 KILLED = """
 import os, signal, sys
 from data import encode, prepare, progress
