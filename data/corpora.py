@@ -99,11 +99,14 @@ def _read_rows(shown, path, field, download, options, state) -> Iterator[Documen
     datasets = _datasets(shown)
     import pyarrow
 
-    dataset = datasets.load_dataset(path, streaming=not download, **options)
-    dataset = dataset.to_iterable_dataset() if download else dataset
+    load = functools.partial(datasets.load_dataset, path, streaming=not download, **options)
+    dataset = load()
     columns = dataset.column_names
     if columns and field not in columns:
         raise UserError(f"{shown}: has no column {field!r}; it has: {', '.join(columns)}; pass --field=NAME")
+    if path == "parquet":
+        dataset = load(columns=[field])  # does not read the others
+    dataset = dataset.to_iterable_dataset() if download else dataset
     dataset = dataset.select_columns([field]).with_format("arrow")
     row = 0
     position = None
