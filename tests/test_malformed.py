@@ -13,7 +13,8 @@ import torch
 
 import eval_copy
 import train
-from config import MAY_CHANGE, Config, ModelConfig, from_command_line, from_dict
+from config import MAY_CHANGE, Config, ModelConfig, from_dict, load
+from errors import run_command
 from runtime import checkpoint, distributed
 from tests.faults import fault
 
@@ -32,18 +33,8 @@ def made(dataset, tmp_path_factory):
     return settings
 
 
-def status(f, *args):
-    try:
-        return f(*args)
-    except SystemExit as e:
-        return e.code
-
-
 def train_status(argv):
-    try:
-        return train.main(from_command_line(argv))
-    except SystemExit as e:
-        return e.code
+    return run_command(lambda argv: train.main(load(argv)), argv)
 
 
 def flags(settings):
@@ -196,7 +187,7 @@ def test_malformed_input_ends_with_status_2_and_one_line(made, tmp_path, capsys,
         entry, argv = KINDS[kind](random.Random(case), made, folder)
         before = contents(folder) | contents(Path(made["out_dir"]))
         with fault(f"malformed {kind}"):
-            code = status(entry, argv)
+            code = entry(argv)
             out, err = capsys.readouterr()
             assert code == 2, (case, argv, code, out, err)
             assert len(err.strip().splitlines()) == 1, (case, argv, err)

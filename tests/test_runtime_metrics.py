@@ -38,6 +38,6 @@ def test_rows_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
 
 def test_the_log_line_leaves_out_what_is_not_known():
     row = {"step": 50, "tokens": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "ms": 3.0, "tokens_per_s": 1e5, "eta_s": 3700}
-    line = metrics.log_line(row, 200)
+    line = metrics.log_line(50, 200, row)
     assert line == "step  50/200  25% | loss 2.0000 | lr 1.00e-03 | norm 1.00 | 3.0 ms | 100,000 tok/s | ETA 1h01m"
-    assert "MFU 41.0%" in metrics.log_line(row | {"mfu": 0.41}, 200)
+    assert "MFU 41.0%" in metrics.log_line(50, 200, row | {"mfu": 0.41})
