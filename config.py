@@ -211,14 +211,7 @@ def load(argv: list[str]) -> Config:
 
 
 def changed(then: dict, now: Config) -> dict[str, tuple]:
-    """Returns the settings, of those that may not change, in which a checkpoint's config differs from the run that resumes
-    it: name -> (value then, value now).
-    """
-    free = MAY_CHANGE | (MAY_CHANGE_ON_REQUEST if now.allow_changes else set())
-    return {name: pair for name, pair in differences(then, now).items() if name not in free}
-
-
-def differences(then: dict, now: Config) -> dict[str, tuple]:
+    """Returns the settings in which a checkpoint's config differs from `now`: name -> (value then, value now)."""
     return {name: (then.get(name), value) for name, value in dataclasses.asdict(now).items() if then.get(name) != value}
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import eval_copy
 import kernels
@@ -94,7 +93,7 @@ class Run:
         self.stop = distributed.StopSignal(world)
         distributed.check_memory(config, world.device)
         torch.manual_seed(config.seed)
-        ops = choose_kernels(config, world.device)
+        ops = kernels.choose(config.kernels, world.device, config.head_dim)
         self.config = dataclasses.replace(config, kernels=ops.__name__.removeprefix("kernels."))
         self.model = Llama(config.model(), ops, distributed.pick_dtype(config.dtype, world.device)).to(world.device)
         self.optimizer = make_optimizer(self.model, config)
@@ -117,6 +116,7 @@ class Run:
             source = huggingface.load(config.init_from)
             resume.start_from(config.init_from, source, config, self.model, self.tokenizer, world)
         if self.step < config.max_steps:
+            world.wait()  # rank 0 may move the files that the others are still reading
             self.rows = world.on_rank_0(lambda: rundir.begin(self.out, config, self.step, is_new=not state))
             self.row = (self.rows.last if self.rows else {}) | changes
             world.say(metrics.announcement(config, world, *split_batch(config, world), self.train_bin))
@@ -125,9 +125,7 @@ class Run:
         """Trains until max_steps; returns the exit status."""
         config, world, first = self.config, self.world, self.step
         compile_blocks(self.model, config, world)
-        model = self.model.train()
-        if world.size > 1:  # gradients are views of the buckets that are reduced; no buffer ever changes
-            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = distributed.data_parallel(self.model.train(), world)
         timer = metrics.Timer(config, world)
         try:
             while True:
@@ -136,8 +134,9 @@ class Run:
                     self.row = self.read_stats() | timer.lap(self.step)
                     world.say(metrics.log_line(self.step, config.max_steps, self.row))
                 with timer.paused():
-                    self.evaluate(due)
-                    self.write_row()
+                    if due or self.step == first:
+                        self.evaluate(due)
+                        self.write_row()
                     if self.step > first:
                         self.save_due(due)
                 if self.step == first + 1:
@@ -191,11 +190,10 @@ class Run:
         return eval_copy.training_row(self.model, self.tokenizer, self.copy_tests) if self.world.rank == 0 else {}
 
     def write_row(self):
-        if self.row:
-            tokens = self.step * self.config.batch_size * self.config.seq_len
-            row = {"step": self.step, "tokens": tokens} | self.row
-            self.world.on_rank_0(lambda: self.rows.write(row))
-            self.row = {}
+        tokens = self.step * self.config.batch_size * self.config.seq_len
+        row = {"step": self.step, "tokens": tokens} | self.row
+        self.world.on_rank_0(lambda: self.rows.write(row) if self.row else None)
+        self.row = {}
 
     def save_due(self, due: set[str]):
         if "milestone" in due:
@@ -339,12 +337,5 @@ def copy_tests(config: Config, tokenizer) -> dict:
     return {name: eval_copy.make_test(tokenizer, name, config.seq_len, samples=50) for name in names}
 
 
-def choose_kernels(config: Config, device):
-    try:
-        return kernels.choose(config.kernels, device, config.head_dim)
-    except kernels.KernelError as e:
-        raise UserError(str(e)) from None
-
-
 if __name__ == "__main__":
-    distributed.exit(run_command(main, CONFIG))
+    distributed.exit_with(lambda: run_command(main, CONFIG))

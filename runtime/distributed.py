@@ -1,14 +1,17 @@
 """Process group setup, device selection and signal handling."""
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from errors import RunFailed, UserError
@@ -43,6 +46,10 @@ class World:
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flags.item())
+
+    def wait(self):
+        """Returns when all ranks are here."""
+        self.any(False)
 
     def on_rank_0(self, f):
         """Calls f on rank 0 while the other ranks wait, and returns its result there; if it raises, all ranks raise."""
@@ -79,19 +86,37 @@ def start(config: Config) -> World:
     return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else None)
 
 
+def data_parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
+    """Returns the model, wrapped so that its gradients are averaged over the ranks if there are several."""
+    if world.size == 1:
+        return model
+    # The only buffers are rotary tables, which never change. torch 2.13 renamed the option that leaves them alone.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    keep = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{keep: False})
+
+
 def leave():
-    """Leaves the process group. After an error call `exit` instead: peers inside a collective would keep this one waiting."""
+    """Leaves the process group. After an error do not: peers inside a collective would keep this one waiting."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def exit(status: int):
-    """Ends this process. One rank of several skips the interpreter's clean-up, in which gloo's threads may abort."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+def exit_with(command):
+    """Ends this process with the exit status that command() returns, or with 1 and a traceback if it raises.
+
+    One rank of several skips the interpreter's clean-up, in which gloo's threads may abort or wait for peers.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(command())
+    status = 1
+    try:
+        status = command()
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Stopped(Exception):

@@ -71,6 +71,11 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
+def has_updates(path: Path) -> bool:
+    """Returns whether a metrics.jsonl has more than the evaluation before the first update."""
+    return path.exists() and len(path.read_bytes().splitlines()) > 1
+
+
 def is_evaluated(row: dict) -> bool:
     """Returns whether the row has results of validation or the copy test."""
     return any(name.startswith(("val_", "copy_")) for name in row)

@@ -41,7 +41,9 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
             f"init_from={config.init_from}: {path} has init_from={source!r}; leave it out to resume, name another --out_dir, "
             "or start anew with --resume=none"
         )
-    changed = [f"{name} {then} -> {now}" for name, (then, now) in settings.changed(state["config"], config).items()]
+    free = settings.MAY_CHANGE | (settings.MAY_CHANGE_ON_REQUEST if config.allow_changes else set())
+    different = settings.changed(state["config"], config)
+    changed = [f"{name} {then} -> {now}" for name, (then, now) in different.items() if name not in free]
     if state.get("data_fingerprint") != fingerprint:
         changed.append(f"the data in {config.data}")
     if changed:
@@ -55,7 +57,7 @@ def changes(state: dict, config: Config, world) -> dict:
     """Reports a resume that changes the op set or, on request, settings of the optimizer. Returns what
     metrics.jsonl records of them: {"changed": {name: [value then, value now]}}, or {}.
     """
-    different = settings.differences(state["config"], config)
+    different = settings.changed(state["config"], config)
     then = state["config"].get("kernels")
     if "kernels" in different and then != "auto":  # auto: a checkpoint that did not record its op set
         world.say(f"warning: {then} kernels made this checkpoint; it goes on with {config.kernels}, which rounds differently")

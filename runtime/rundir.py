@@ -6,6 +6,7 @@ run.pid    the process that holds or held it
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import filelock
 from config import Config
 from errors import UserError
 from files import atomic_write
-from runtime import metrics
+from runtime import checkpoint, metrics
 
 OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png")
 
@@ -57,25 +58,21 @@ def locked(path: Path):
 
 
 def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metrics:
-    """Writes config.json and returns the rows of metrics.jsonl up to `step`; what an older run left is moved aside first."""
-    if is_new and (folder := set_aside(path)):
-        print(f"an older run's files are now in {folder}", flush=True)
+    """Writes config.json and returns the rows of metrics.jsonl up to `step`. What another run left here is moved aside first:
+    everything for a new run, and for one that resumes at `step` the checkpoints after it.
+    """
+    if is_new:
+        old = [file for pattern in OF_A_RUN for file in sorted(path.glob(pattern))]
+        old = old if any(file.suffix == ".pt" for file in old) or metrics.has_updates(path / "metrics.jsonl") else []
+    else:
+        later = [checkpoint.by_step(path, kind).items() for kind in ("ckpt", "milestone")]
+        old = [file for files in later for number, file in files if number > step]
+    if old:
+        folder = next(f for n in itertools.count(1) if not (f := path / f"previous-{n}").exists())
+        folder.mkdir()
+        for file in old:
+            file.rename(folder / file.name)
+        print(f"moved what an earlier run left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     return rows
-
-
-def set_aside(path: Path) -> Path | None:
-    """Moves what an older run left in the run directory into a folder inside it, previous-1, -2 ..., and returns that folder;
-    None if there is nothing worth keeping: no weights, and no measurement of an update.
-    """
-    old = [file for pattern in OF_A_RUN for file in path.glob(pattern)]
-    rows = metrics.read(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    if not any(file.suffix == ".pt" for file in old) and not any(row["step"] for row in rows):
-        return None
-    number = next(n for n in range(1, 10**6) if not (path / f"previous-{n}").exists())
-    folder = path / f"previous-{number}"
-    folder.mkdir()
-    for file in old:
-        file.rename(folder / file.name)
-    return folder

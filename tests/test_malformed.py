@@ -28,6 +28,7 @@ def made(dataset, tmp_path_factory):
     settings = dict(
         data=str(dataset), out_dir=str(out), dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=17, seq_len=63,
         batch_size=4, micro_batch_size=4, max_steps=1, warmup_steps=0, eval_interval=0, copy_eval_interval=0, device="cpu",
+        compile="off",
     )  # fmt: skip
     assert train.train(from_dict(settings), distributed.start(from_dict(settings))) == 0
     return settings
@@ -157,7 +158,8 @@ def a_checkpoint(rng, settings, folder):
         shape = {field.name for field in dataclasses.fields(ModelConfig)}
         matters = {k: v for k, v in state["config"].items() if (k in shape if evaluate else k not in MAY_CHANGE)}
         used = state | {"config": matters}
-        unread = {name: used.pop(name) for name in (["optimizer", "data_fingerprint"] if evaluate else ["tokenizer"])}
+        names = ["optimizer", "data_fingerprint"] if evaluate else ["tokenizer"]
+        unread = {name: used.pop(name) for name in ["skipped", *names]}
         changed = unread | mutated(rng, used)
         if isinstance(changed.get("config"), dict):
             changed["config"] = {k: v for k, v in state["config"].items() if k not in matters} | changed["config"]
