@@ -45,8 +45,9 @@ def load(path, device="cpu") -> dict:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # whatever an arbitrary file can make zipfile and the unpickler say
         raise UserError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
-    kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict, "skipped": int}
-    state = {"skipped": 0} | state if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
+    kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
+    kinds |= {"skipped": int} if "skipped" in state else {}
     missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or state[name] is True]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")
