@@ -19,6 +19,7 @@ from errors import RunFailed, UserError, run_command
 from kernels import eager
 from model import Llama
 from runtime import checkpoint, distributed, metrics
+from runtime.optim import learning_rate
 from tests.conftest import write_dataset
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))
@@ -111,7 +112,9 @@ def test_measuring_does_not_change_training(settings, tmp_path):
     assert equal(weights(settings), weights(settings, **quiet))
 
 
-@pytest.mark.parametrize("extra", [{}, {"attn_dropout": 0.2, "schedule": "cosine"}], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"attn_dropout": 0.2, "schedule": "cosine"}, {"optimizer": "muon"}], ids=["plain", "dropout", "muon"]
+)
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extra):
     whole = dict(out_dir=str(tmp_path / "whole"), max_steps=10, ckpt_interval=4) | extra
     rows = run(settings, **whole)
@@ -181,7 +184,7 @@ def test_sigterm_saves_and_exits_with_3_and_the_run_goes_on(settings):
 
 def test_learning_rate_at_its_edges():
     c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, schedule="cosine")
-    at = lambda step, c=c: train.learning_rate(step, c)  # noqa: E731
+    at = lambda step, c=c: learning_rate(step, c)  # noqa: E731
     assert (at(1), at(5), at(10)) == (0.1, 0.5, 1.0)
     assert at(60) == pytest.approx(0.55) and at(110) == pytest.approx(0.1) and at(111) == pytest.approx(0.1)
     none = Config(learning_rate=1.0, warmup_steps=0, max_steps=10, schedule="cosine")
@@ -194,17 +197,6 @@ def test_learning_rate_at_its_edges():
     assert {at(s, flat) for s in range(2, 11)} == {1.0}
     wsd = Config(learning_rate=1.0, warmup_steps=2, max_steps=10, schedule="wsd")
     assert [at(s, wsd) for s in (2, 8, 9, 10)] == [1.0, 1.0, 0.5, 0.0]
-
-
-def test_each_parameter_is_in_one_group_and_only_matrices_decay():
-    for tie in (False, True):
-        config = Config(dim=16, n_heads=2, n_layers=2, hidden_dim=8, vocab_size=9, tie_embeddings=tie, weight_decay=0.1)
-        model = Llama(config.model(), eager)
-        decayed, kept = train.make_optimizer(model, config).param_groups
-        assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
-        ids = [id(p) for p in decayed["params"] + kept["params"]]
-        assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
-        assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in kept["params"])
 
 
 def test_dropout_seeds_depend_on_the_position_in_the_run_alone():
