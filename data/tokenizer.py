@@ -82,11 +82,6 @@ def tokenizer_from_state(state: dict) -> Tokenizer:
     return tokenizer
 
 
-def same_tokenizer(state: dict, other: dict) -> bool:
-    """Returns whether two states are of the same tokenizer, whatever text its ids were counted in."""
-    return state | {"counts": None} == other | {"counts": None}
-
-
 def tokenizer_to_meta(tokenizer: Tokenizer) -> tuple[dict, dict[str, bytes]]:
     """Returns a tokenizer's entry in meta.json, and the files that lie beside it."""
     state = tokenizer.state()

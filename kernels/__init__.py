@@ -4,10 +4,12 @@ import importlib.util
 import os
 import sys
 
+from errors import UserError
+
 HEAD_DIMS = (16, 32, 64, 128)  # those that the fused attention takes
 
 
-class KernelError(ValueError):
+class KernelError(UserError):
     """An op set that cannot run here. The message is one line."""
 
 

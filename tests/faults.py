@@ -36,10 +36,11 @@ def _train(settings, prepare):
     os.dup2(log, 2)
     import train
     from config import from_dict
+    from errors import run_command
 
     if prepare:
         prepare()
-    status = train.main(from_dict(settings))
+    status = run_command(train.main, from_dict(settings))
     sys.stdout.flush()
     os._exit(status)
 
