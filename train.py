@@ -271,7 +271,7 @@ def copy_tests(config: Config, tokenizer) -> dict:
     """The samples of the copy tests made during training: fewer than eval_copy.py's own, the same at every step."""
     if not config.copy_eval_interval:
         return {}
-    return {name: eval_copy.make_test(tokenizer, name, config.seq_len, samples=50) for name in eval_copy.ALPHABETS}
+    return eval_copy.make_tests(tokenizer, config.seq_len, samples=50)
 
 
 def batch_split(config: Config, world) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 import eval_copy
 import train
 from config import MAY_CHANGE, Config, ModelConfig, from_command_line, from_dict
+from errors import run_command
 from runtime import checkpoint, distributed
 from tests.faults import fault
 
@@ -174,7 +175,7 @@ def a_checkpoint(rng, settings, folder):
     else:
         damaged(rng, out / "ckpt.pt")
     if evaluate:
-        return eval_copy.main, [str(out), "--samples=1", "--device=cpu"]
+        return lambda argv: run_command(eval_copy.main, argv), [str(out), "--samples=1", "--device=cpu"]
     return train_status, flags(settings | {"out_dir": str(out), "max_steps": 2})
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from errors import UserError
-from measures import context, heads
+from measures import batching, context, heads
 from tests.handbuilt import induction_model, uniform_model
 from tests.test_measures_heads import LETTERS, small_model
 
@@ -23,8 +23,8 @@ def test_position_losses_equal_one_question_at_a_time(monkeypatch):
     losses = context.position_losses(model, windows)
     assert losses.shape == (12,) and losses.dtype == np.float64
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
-    monkeypatch.setattr(context, "PASS", 13)  # one window a pass, 5 rows of the head at once
-    monkeypatch.setattr(context, "ROWS", 5)
+    monkeypatch.setattr(batching, "TOKENS", 13)  # one window a pass, 5 rows of the head at once
+    monkeypatch.setattr(batching, "ROWS", 5)
     np.testing.assert_allclose(context.position_losses(model, windows), losses, rtol=0, atol=1e-6)
 
 
@@ -84,8 +84,8 @@ def test_associative_recall_equals_one_question_at_a_time(bos, seq_len, monkeypa
             ranks.append((logits > logits[right]).sum().item())
     found = context.associative_recall(model, LETTERS, bos, samples=5)
     assert found == pytest.approx({"accuracy": np.mean(hits), "rank": np.mean(ranks)}, abs=1e-6)
-    monkeypatch.setattr(context, "PASS", 2 * s)  # one sample a pass, 7 rows of the head at once
-    monkeypatch.setattr(context, "ROWS", 7)
+    monkeypatch.setattr(batching, "TOKENS", 2 * s)  # one sample a pass, 7 rows of the head at once
+    monkeypatch.setattr(batching, "ROWS", 7)
     assert context.associative_recall(model, LETTERS, bos, samples=5) == pytest.approx(found, abs=1e-6)
 
 
