@@ -10,21 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from paper import shared
 from paper.report import FAILS, TOLD, above_zero, at_exponents, below_zero, intervals, listed, signed, verdict
-from paper.shared import (
-    base,
-    batches,
-    describe,
-    draw_curves,
-    every,
-    grid,
-    laws,
-    named_onsets,
-    onset_text,
-    onsets,
-    rates,
-    treatments,
-)
+from paper.shared import draw_curves, label, law_claims, laws, mean_end, onset_text, onsets, treatments
 from paper.statistics import difference, rounding_of_a_difference, summary
 from runtime.curves import at_the_end, onset
 from runtime.plots import bars, heat, lines, panels, points, save
@@ -51,17 +39,17 @@ def figure(letter: str, title: str, variants: Callable):
     return register
 
 
-@figure("a", "Loss and copying over tokens", base)
+@figure("a", "Loss and copying over tokens", shared.base)
 def figure_a(data, scale, file):
     """Copying and the validation loss over training tokens."""
     (seeds,) = data.values()
     picture, (left, right) = panels(2)
-    for name, label in {scale.copying: "the claim's measure", HEX: "hex16, all six tokens"}.items():
-        lines(left, {label: seeds}, name, "tokens")
-    for name, label in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
-        lines(right, {label: seeds}, name, "tokens")
-    describe(left, scale.copying, "tokens")
-    describe(right, "val_loss", "tokens")
+    for name, text in {scale.copying: "the claim's measure", HEX: "hex16, all six tokens"}.items():
+        lines(left, {text: seeds}, name, "tokens")
+    for name, text in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
+        lines(right, {text: seeds}, name, "tokens")
+    shared.describe(left, scale.copying, "tokens")
+    shared.describe(right, "val_loss", "tokens")
     save(picture, file)
 
     waits, rises, fallen = [], [], []
@@ -91,40 +79,29 @@ def claims_a(found, onset_at: str):
     ]  # fmt: skip
 
 
-@figure("b", "Batch size: steps or tokens", batches)
+@figure("b", "Batch size: steps or tokens", shared.batches)
 def figure_b(data, scale, file):
     """Copying and the validation loss for several batch sizes, over update steps and over training tokens."""
     draw_curves(file, data, [(name, axis) for name in (scale.copying, "val_loss") for axis in ("step", "tokens")])
-    found = laws(data, scale, [(batch,) for batch in scale.batches], ["batch"])
-    claims = [
-        [f"when copying comes depends on update steps, not on tokens{by}", at_exponents(law, (0,)),
-         f"onset at {text}, where 0 is steps alone and -1 tokens alone"]
-        for by, law, text in found
-    ]  # fmt: skip
-    return {"onset": named_onsets(data, scale), "fit": [law for _, law, _ in found], "claims": claims}
+    found, kept = laws(data, scale, [(batch,) for batch in scale.batches], ["batch"])
+    claim = "when copying comes depends on update steps, not on tokens"
+    tail = ", where 0 is steps alone and -1 tokens alone"
+    return kept | {"claims": law_claims(found, claim, lambda law: at_exponents(law, (0,)), tail)}
 
 
-@figure("c", "Learning rate", lambda scale: rates(scale, 3))
+@figure("c", "Learning rate", lambda scale: shared.rates(scale, 3))
 def figure_c(data, scale, file):
     """Copying and the validation loss for several learning rates, over update steps."""
     draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
-    found = laws(data, scale, [(rate,) for rate in scale.rates[-3:]], ["rate"])
-    claims = [
-        [
-            f"a higher learning rate makes copying come earlier{by}",
-            below_zero((intervals(law) or [None])[0]),
-            f"onset at {text}",
-        ]
-        for by, law, text in found
-    ]
+    found, kept = laws(data, scale, [(rate,) for rate in scale.rates[-3:]], ["rate"])
+    sooner = "a higher learning rate makes copying come earlier"
+    claims = law_claims(found, sooner, lambda law: below_zero((intervals(law) or [None])[0]))
     first, *_, last = data.values()
     gain = difference(scale.copying, list(zip(first, last, strict=False)))
-    ends = ", ".join(
-        f"{name}: {np.mean([at_the_end(rows, scale.copying) for rows in seeds]):.2f}" for name, seeds in data.items()
-    )
-    claims.append(["a higher learning rate makes copying stronger", above_zero(gain["interval"]),
-                   f"final accuracy at {ends}; last minus first {signed(gain)}"])  # fmt: skip
-    return {"onset": named_onsets(data, scale), "fit": [law for _, law, _ in found], "gain": gain, "claims": claims}
+    ends = ", ".join(f"{label(name)}: {mean_end(seeds, scale.copying):.2f}" for name, seeds in data.items())
+    text = f"final accuracy at {ends}; last minus first {signed(gain)}"
+    claims.append(["a higher learning rate makes copying stronger", above_zero(gain["interval"]), text])
+    return kept | {"gain": gain, "claims": claims}
 
 
 @figure("d", "Induction heads by layer", lambda scale: {f"layers{scale.layers}": {"n_layers": scale.layers}})
@@ -164,7 +141,7 @@ def figure_e(data, scale, file):
         found[name] = {}
         for by, column, threshold in scale.each_onset():
             starts = [[onset(rows, threshold, column) for rows in pair] for pair in pairs]
-            claim, change = earlier(starts, pairs, every(data))
+            claim, change = earlier(starts, pairs, shared.every(data))
             found[name][f"onset{by}"] = [b for _, b in starts]
             found[name][f"onset_change{by}"] = change
             claims.append([f"{title} makes copying come earlier{by}", *claim])
@@ -185,7 +162,7 @@ def earlier(starts, pairs, step: float):
     return [FAILS if lost else below_zero(change and change["interval"]), text], change
 
 
-@figure("f", "Batch x context", grid)
+@figure("f", "Batch x context", shared.grid)
 def figure_f(data, scale, file):
     """The median step of onset, and the median number of training tokens before it, by batch size and context."""
     cells = [(batch, context) for batch in scale.grid[0] for context in scale.grid[1]]
@@ -197,20 +174,17 @@ def figure_f(data, scale, file):
         heat(ax, np.where(np.isinf(values), np.nan, values), *scale.grid, text="{:.2f}" if unit else "{:.0f}")
         ax.set(title=f"{title}, median of {scale.seeds} seeds", xlabel="context (tokens)", ylabel="batch (sequences)")
     save(picture, file)
-    found, claims = laws(data, scale, cells, ["batch", "context"]), []
-    for by, law, text in found:
-        for claim, at in (
-            ("onset comes at a constant number of steps (the paper: exponents 0 and 0)", (0, 0)),
-            ("onset comes at tokens ~ sqrt(batch x context) (Aoyama et al.: exponents -0.5 and -0.5)", (-0.5, -0.5)),
-        ):
-            claims.append([claim + by, at_exponents(law, at), f"onset at {text}"])
-    return {"onset": named_onsets(data, scale), "fit": [law for _, law, _ in found], "claims": claims}
+    found, kept = laws(data, scale, cells, ["batch", "context"])
+    paper = "onset comes at a constant number of steps (the paper: exponents 0 and 0)"
+    aoyama = "onset comes at tokens ~ sqrt(batch x context) (Aoyama et al.: exponents -0.5 and -0.5)"
+    claims = law_claims(found, paper, lambda law: at_exponents(law, (0, 0)))
+    return kept | {"claims": claims + law_claims(found, aoyama, lambda law: at_exponents(law, (-0.5, -0.5)))}
 
 
-@figure("g", "Learning rate x steps", rates)
+@figure("g", "Learning rate x steps", shared.rates)
 def figure_g(data, scale, file):
     """Copying by learning rate and update steps, the mean over seeds; and the onset of each seed, with the power law fitted."""
-    found = laws(data, scale, [(rate,) for rate in scale.rates], ["rate"])
+    found, kept = laws(data, scale, [(rate,) for rate in scale.rates], ["rate"])
     at = [row["step"] for row in next(iter(data.values()))[0]]
     picture, (left, right) = panels(2)
     values = [[np.mean([rows[i][scale.copying] for rows in seeds]) for i in range(len(at))] for seeds in data.values()]
@@ -222,27 +196,18 @@ def figure_g(data, scale, file):
     points(right, starts, found[0][1] and found[0][1]["exponents"][0], "rate")
     right.set(title="onset of each seed", xlabel="learning rate", ylabel="update steps")
     save(picture, file)
-    claims = [
-        [
-            f"open question 2: onset comes at a constant rate x steps (exponent -1){by}",
-            at_exponents(law, (-1,)),
-            f"onset at {text}",
-        ]
-        for by, law, text in found
-    ]
-    return {"onset": named_onsets(data, scale), "fit": [law for _, law, _ in found], "claims": claims}
+    claim = "open question 2: onset comes at a constant rate x steps (exponent -1)"
+    return kept | {"claims": law_claims(found, claim, lambda law: at_exponents(law, (-1,)))}
 
 
-@figure(
-    "h", "What dropout and decay do to copying and to loss", lambda s: treatments(s) | {"decay0.01": {"weight_decay": 0.01}}
-)
+def more_treatments(scale):
+    return treatments(scale) | {"decay0.01": {"weight_decay": 0.01}}
+
+
+@figure("h", "What dropout and decay do to copying and to loss", more_treatments)
 def figure_h(data, scale, file):
     """The change against the base at the end of training: the mean over seeds, and its 95% interval."""
-    names = {
-        scale.copying: "final accuracy",
-        "val_loss_repeated": "loss on repeated tokens",
-        "val_loss_new": "loss on new tokens",
-    }
+    names = {scale.copying: "final accuracy", "val_loss_repeated": "loss on repeated tokens", "val_loss_new": "on new tokens"}
     pairs = {name: list(zip(data["base"], seeds, strict=False)) for name, seeds in data.items() if name != "base"}
     found = {treatment: {name: difference(name, pair) for name in names} for treatment, pair in pairs.items()}
     draw_h(file, found, names)
@@ -263,7 +228,7 @@ def claim_h(found, names):
     return ["open question 3: what dropout and decay do to copying and to loss, separately", TOLD, text]
 
 
-@figure("i", "The ladder of k", base)
+@figure("i", "The ladder of k", shared.base)
 def figure_i(data, scale, file):
     """Left: whether the model uses the k-th last token, at hex16. Right: copying at hex16; dotted, the k-gram baselines."""
     (seeds,) = data.values()
@@ -278,7 +243,7 @@ def figure_i(data, scale, file):
     for k, level in enumerate(seeds[0][-1]["ceiling_hex16"], 1):
         right.axhline(level, color="0.6", lw=0.8, ls=":")
         right.annotate(f"k = {k}", (1.01, level), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-    describe(right, HEX, "step")
+    shared.describe(right, HEX, "step")
     save(picture, file)
 
     firsts = [[onset(ladder[k][seed], 0.5, "use") for k in range(4)] for seed in range(len(seeds))]
@@ -289,17 +254,17 @@ def figure_i(data, scale, file):
     return {"first_step": firsts, "claims": [[claim, how, f"first step at which the use of token k is one half: {text}"]]}
 
 
-@figure("j", "Other in-context tasks", base)
+@figure("j", "Other in-context tasks", shared.base)
 def figure_j(data, scale, file):
     """Copying beside two other tasks that the context alone solves, over update steps."""
     (seeds,) = data.values()
     names = {scale.copying: "copying", "recall": "recall, in order", "pairs": "recall of a value by its key"}
     picture, (ax,) = panels(1)
-    for name, label in names.items():
-        lines(ax, {label: seeds}, name)
+    for name, text in names.items():
+        lines(ax, {text: seeds}, name)
     ax.set(title="in-context tasks", xlabel="update steps", ylabel="accuracy", ylim=(-0.03, 1.05))
     save(picture, file)
     found = {name: [onset(rows, scale.threshold, name) for rows in seeds] for name in names}
-    ends = {name: float(np.mean([at_the_end(rows, name) for rows in seeds])) for name in names}
-    text = "; ".join(f"{label}: onset at {onset_text(found[n], seeds)}, {ends[n]:.2f} at the end" for n, label in names.items())
+    ends = {name: mean_end(seeds, name) for name in names}
+    text = "; ".join(f"{task}: onset at {onset_text(found[n], seeds)}, {ends[n]:.2f} at the end" for n, task in names.items())
     return {"onset": found, "final": ends, "claims": [["open question 1: what else comes with copying", TOLD, text]]}

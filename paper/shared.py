@@ -5,9 +5,11 @@ Variants are functions of the scale and return {name of a variant: its settings,
 
 import re
 
+import numpy as np
+
 from paper.report import law_text, steps_text
 from paper.statistics import exponents
-from runtime.curves import onset
+from runtime.curves import at_the_end, onset
 from runtime.plots import lines, panels, save
 
 
@@ -55,20 +57,28 @@ def every(data) -> float:
     return rows[-1]["step"] - rows[-2]["step"] if len(rows) > 1 else 0.0
 
 
-def named_onsets(data, scale) -> dict:
-    found = scale.each_onset()
-    return {f"{v}{by}": [onset(r, at, column) for r in seeds] for v, seeds in data.items() for by, column, at in found}
+def laws(data, scale, cells, names) -> tuple[list[tuple[str, dict | None, str]], dict]:
+    """Fits the onset in the variants of `data` as a power law of their `cells`.
 
-
-def laws(data, scale, cells, names) -> list[tuple[str, dict | None, str]]:
-    """For each definition of onset: its name, the power law of the onset in the `cells` of the variants, and its wording."""
-    found = []
+    Returns (suffix of its claims, the law, its wording) for each definition of onset, and what of it is kept as JSON.
+    """
+    found, kept = [], {"onset": {}, "fit": []}
     for by, column, threshold in scale.each_onset():
-        starts = [[onset(rows, threshold, column) for rows in seeds] for seeds in data.values()]
-        each = [f"{label(v)}: {onset_text(o, seeds)}" for (v, seeds), o in zip(data.items(), starts, strict=True)]
-        law = exponents(dict(zip(cells, starts, strict=True)), every(data))
-        found.append((by, law, f"{'; '.join(each)}; {law_text(law, names)}"))
-    return found
+        starts = {variant: [onset(rows, threshold, column) for rows in seeds] for variant, seeds in data.items()}
+        each = [f"{label(variant)}: {onset_text(starts[variant], seeds)}" for variant, seeds in data.items()]
+        law = exponents(dict(zip(cells, starts.values(), strict=True)), every(data))
+        found.append((by, law, f"onset at {'; '.join(each)}; {law_text(law, names)}"))
+        kept["onset"] |= {f"{variant}{by}": x for variant, x in starts.items()}
+        kept["fit"].append(law)
+    return found, kept
+
+
+def law_claims(found, claim: str, judge, tail="") -> list[list[str]]:
+    return [[claim + by, judge(law), text + tail] for by, law, text in found]
+
+
+def mean_end(seeds, name: str) -> float:
+    return float(np.mean([at_the_end(rows, name) for rows in seeds]))
 
 
 def label(variant: str) -> str:
