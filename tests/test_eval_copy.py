@@ -18,7 +18,7 @@ from measures import heads
 from measures.copying import predict
 from model import Llama, LlamaConfig
 from runtime import checkpoint, distributed, metrics, plots
-from tests.conftest import write_dataset
+from tests.conftest import heed_interrupts, write_dataset
 from tests.handbuilt import induction_model
 
 
@@ -202,7 +202,8 @@ def test_an_interrupt_is_one_line_and_status_130(tmp_path):
     tokenizer = Chars(20)
     save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
     command = [sys.executable, "eval_copy.py", *[str(tmp_path)] * 9, "--samples=500"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
     assert child.stdout.readline()  # of the first table: eight are to come
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=60)[1] == "interrupted\n" and child.returncode == 130

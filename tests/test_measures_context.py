@@ -113,3 +113,16 @@ def test_a_context_too_short_is_named():
         context.induction_loss(small_model(seq_len=5), LETTERS, 39)
     with pytest.raises(UserError, match="seq_len=4: too short"):
         context.associative_recall(small_model(seq_len=4), LETTERS, 39)
+
+
+def test_nothing_is_float64_on_the_device(monkeypatch):
+    """Apple's GPUs have no float64: Tensor.double raises there."""
+    model = small_model()
+
+    def double(tensor):
+        raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    expected = context.key_values(model, LETTERS, 39)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    assert context.key_values(model, LETTERS, 39) == expected
+    assert 0 <= context.associative_recall(model, LETTERS, 39)["accuracy"] <= 1

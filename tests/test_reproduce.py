@@ -16,6 +16,7 @@ from errors import RunFailed, run_command
 from paper import figures
 from paper.report import FAILS, HOLDS, OPEN, at_exponents
 from paper.scales import SCALES, Scale
+from tests.conftest import heed_interrupts
 
 # configs/text.py is made by the search for a recipe; until it is there, a config of that kind stands for it.
 TEXT = SCALES["text"]
@@ -112,7 +113,8 @@ reproduce.Runs.folder = lambda self, variant, seed: Path({str(tmp_path)!r}) / va
 sys.exit(run_command(reproduce.main, ["a", "--jobs=1"]))
 """
     command = [sys.executable, "-c", program]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
     log = tmp_path / "base/seed0/metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.2)
@@ -189,6 +191,23 @@ def test_figures_draw_and_judge(tmp_path):
     assert claims("h", worse | {"decay0.01": three}, tmp_path) == ["measured"]
     assert claims("i", {"base": three}, tmp_path) == [HOLDS]
     assert claims("j", {"base": three}, tmp_path) == ["measured"]
+
+
+def test_a_new_figure_takes_one_function(tmp_path, monkeypatch, runs, capsys):
+    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
+    monkeypatch.setattr(reproduce, "FIGURES", figures.FIGURES)
+
+    @figures.figure("z", "Width", lambda scale: {"wide": {"dim": 32}})
+    def figure_z(data, scale, file):
+        """How wide."""
+        figures.draw_curves(file, data, [("val_loss", "step")])
+        return {"claims": [["wider is better", "measured", str([rows[-1]["step"] for rows in data["wide"]])]]}
+
+    assert reproduce.train_all(["z"], runs, jobs=1)
+    reproduce.draw(["z"], runs)
+    report = (runs.out / "REPORT.md").read_text()
+    assert "| z | wider is better | **measured** | [6] |" in report and "## z. Width\n\n![Width](z.png)\n\nHow wide." in report
+    assert json.loads((tmp_path / "wide/seed0/config.json").read_text())["dim"] == 32
 
 
 def test_the_onset_is_told_twice_where_the_scale_asks_for_it(tmp_path):
