@@ -15,13 +15,14 @@ import json
 import os
 import re
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import kernels
-from config import Parser, from_checkpoint
+from config import Config, Parser, from_checkpoint
 from data import bins
 from data.tokenizer import Tokenizer, tokenizer_from_state
 from errors import UserError, run_command
@@ -235,7 +236,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--plot", metavar="FILE", help="draw the heads, and a run directory's curves: a .png, .pdf or .svg file")
     add("--prompt", metavar="TEXT", help="continue this text instead of measuring")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    add("--kernels", default="auto", help="op set that the model runs on (default: auto, the fastest that works here)")
+    sets = typing.get_args(typing.get_type_hints(Config)["kernels"])
+    add(
+        "--kernels",
+        choices=sets,
+        default="auto",
+        help="op set that the model runs on (default: auto, the fastest that works here)",
+    )
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"--samples={args.samples}: expected 1 or more")

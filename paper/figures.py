@@ -12,7 +12,7 @@ import numpy as np
 
 from paper import shared
 from paper.report import FAILS, TOLD, above_zero, at_exponents, below_zero, intervals, listed, signed, verdict
-from paper.shared import draw_curves, label, law_claims, laws, mean_end, onset_text, onsets, treatments
+from paper.shared import draw_curves, label, law_claims, laws, mean_end, measure_name, onset_text, onsets, treatments
 from paper.statistics import difference, rounding_of_a_difference, summary
 from runtime.curves import at_the_end, onset
 from runtime.plots import bars, heat, lines, panels, points, save
@@ -44,7 +44,7 @@ def figure_a(data, scale, file):
     """Copying and the validation loss over training tokens."""
     (seeds,) = data.values()
     picture, (left, right) = panels(2)
-    for name, text in {scale.copying: "the claim's measure", HEX: "hex16, all six tokens"}.items():
+    for name, text in {scale.copying: measure_name(scale.copying), HEX: measure_name(HEX)}.items():
         lines(left, {text: seeds}, name, "tokens")
     for name, text in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
         lines(right, {text: seeds}, name, "tokens")

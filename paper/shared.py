@@ -86,11 +86,19 @@ def label(variant: str) -> str:
     return re.sub(r"([a-z])(\d)", r"\1 \2", variant.replace("-", ", "))
 
 
+def measure_name(name: str) -> str:
+    """copy_exact_full -> full, all six tokens"""
+    if name == "val_loss":
+        return "validation loss"
+    _, kind, alphabet = name.split("_")
+    return f"{alphabet}, {'all six tokens' if kind == 'exact' else 'each token'}"
+
+
 def describe(ax, name: str, axis: str):
-    accuracy = name.startswith("copy_")
-    title = name.removeprefix("copy_").replace("_", ", ") if accuracy else "validation loss"
-    units = dict(ylabel="share of questions or tokens", ylim=(-0.03, 1.03)) if accuracy else dict(ylabel="nats per token")
-    ax.set(title=f"copying: {title}" if accuracy else title, xlabel="update steps" if axis == "step" else "tokens", **units)
+    copying = name.startswith("copy_")
+    units = dict(ylabel="share right", ylim=(-0.03, 1.03)) if copying else dict(ylabel="nats per token")
+    xlabel = "update steps" if axis == "step" else "training tokens"
+    ax.set(title="copying: " * copying + measure_name(name), xlabel=xlabel, **units)
 
 
 def draw_curves(file, data, columns: list[tuple[str, str]]):

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from files import atomic_write
 from runtime import curves
@@ -52,7 +52,7 @@ def run_curves(axes, rows: list[dict], result: dict):
     name, levels = next((name, c["kgram"]["ceiling"]) for name, c in result["copy"].items())
     labels = {}  # height of a label -> the k of all levels that are too close to be told apart
     for k, level in levels.items():
-        axes[2].axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if k > 1 else f"{name}: k-gram baselines")
+        axes[2].axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}")
         near = next((y for y in labels if abs(y - level) < 0.04), level)
         labels.setdefault(near, []).append(str(k))
     for y, ks in labels.items():
@@ -79,7 +79,7 @@ def save(figure, file: str | Path, dpi=110):
         ax.title.set_fontsize(10)
         labels = ax.get_legend_handles_labels()[1]
         if labels:
-            columns = 2 if max(map(len, labels)) < 26 and len(labels) > 1 else 1
+            columns = min(len(labels), max(1, 54 // max(map(len, labels))))
             ax.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format=Path(file).suffix.lstrip(".").lower(), dpi=dpi)
@@ -143,5 +143,6 @@ def points(ax, found: list[tuple[float, float]], exponent: float | None, name: s
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(sorted({x for x, _ in found}), [f"{x:g}" for x in sorted({x for x, _ in found})])
     ax.set_xticks([], minor=True)
-    for formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-        formatter("{x:,.0f}")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:,.0f}")
+    ax.yaxis.set_minor_formatter("")
