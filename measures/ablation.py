@@ -89,47 +89,51 @@ def head_means(model: Llama, tokens) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _pattern_preserved(model: Llama, by_layer: dict[int, list[int]]):
-    """Replaces this model's hidden() by a pass with two streams: x, intact, and y, without the heads but with x's patterns."""
+    """Makes this model's hidden() run every batch twice in one: the first half intact, the second without the heads but with
+    the queries and keys of the first. It returns the second half.
+    """
     if "hidden" in vars(model):
         raise ValueError("how='pattern': already so; name all heads in one call")
-    c = model.config
-    twins = weakref.WeakKeyDictionary()  # cache that x fills -> the values of y (L, B, max_len, Hkv, Dh)
-    hooks = {layer: _replacing(mine, 0.0, c) for layer, mine in by_layer.items()}
+    hidden, both = model.hidden, False  # both: whether a batch of two halves is under way
+    twins = weakref.WeakKeyDictionary()  # the caller's KVCache -> one of both halves
 
-    def hidden(tokens, seed=None, cache: KVCache | None = None):
-        start, T = cache.length if cache else 0, tokens.shape[1]
-        if cache and start and cache not in twins:
-            raise ValueError("how='pattern': this KVCache was filled outside of the context; begin with an empty one")
-        if cache and cache not in twins:
-            twins[cache] = torch.empty_like(cache.kv[:, 1])
-        rope = model.rope(start, T)
-        x = y = model.embed(tokens).to(model.dtype)
-        for i, block in enumerate(model.blocks):
-            attention = block.attention
-            q, k, v = attention.qkv(model.ops.rms_norm(x, block.attention_norm, block.eps), rope)
-            v_y = attention.qkv(model.ops.rms_norm(y, block.attention_norm, block.eps), rope)[2]  # (B, T, Hkv, Dh)
-            if cache:
-                k, v = cache.layer(i).append(k, v)
-                twins[cache][i, :, start : start + T] = v_y
-                v_y = twins[cache][i, :, : start + T]
-            x = _rest(block, x, model.ops.causal_attention(q, k, v).flatten(2))
-            out = model.ops.causal_attention(q, k, v_y).flatten(2)  # (B, T, H * Dh)
-            y = _rest(block, y, *(hooks[i](None, (out,)) if i in hooks else (out,)))
+    def hidden_twice(tokens, seed=None, cache: KVCache | None = None):
+        nonlocal both
+        B, twin = len(tokens), None
         if cache:
-            cache.length += T
-        return model.ops.rms_norm(y, model.norm, c.norm_eps)
+            if cache.length and cache not in twins:
+                raise ValueError("how='pattern': this KVCache was filled outside of the context; begin with an empty one")
+            twin = twins.setdefault(cache, KVCache(model, 2 * B, cache.kv.shape[3]))
+            twin.length = cache.length
+        both = True
+        x = hidden(torch.cat((tokens, tokens)), cache=twin)
+        both = False
+        if cache:
+            new = slice(cache.length, twin.length)
+            cache.kv[:, :, :, new] = twin.kv[:, :, :B, new]
+            cache.length = twin.length
+        return x[B:]
 
-    model.hidden = hidden
-    try:
+    def shared(qkv):
+        def patched(x, rope):
+            q, k, v = qkv(x, rope)
+            return *((half.chunk(2)[0].repeat(2, 1, 1, 1) for half in (q, k)) if both else (q, k)), v
+
+        return patched
+
+    def second_half(hook):
+        return lambda module, args: (torch.cat((args[0].chunk(2)[0], *hook(module, args[0].chunk(2)[1:]))),) if both else None
+
+    with contextlib.ExitStack() as stack:
+        for layer, block in enumerate(model.blocks):
+            block.attention.qkv = shared(block.attention.qkv)
+            stack.callback(delattr, block.attention, "qkv")
+            if layer in by_layer:
+                hook = second_half(_replacing(by_layer[layer], 0.0, model.config))
+                stack.callback(block.attention.wo.register_forward_pre_hook(hook).remove)
+        model.hidden = hidden_twice
+        stack.callback(delattr, model, "hidden")
         yield
-    finally:
-        del model.hidden
-
-
-def _rest(block, x, heads):
-    """The rest of Block.forward, from the outputs of the block's heads (B, T, H * Dh) on."""
-    y, x = block.ops.add_rms_norm(block.attention.wo(heads), x, block.mlp_norm, block.eps)
-    return x + block.mlp(y)
 
 
 def ablation_curve(model: Llama, score_fn, ranking, ks, how="zero", seed=0, controls=3, means=None) -> dict:
