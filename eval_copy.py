@@ -1,65 +1,140 @@
-"""How well does a checkpoint copy from its context, and which heads do it?
+"""Measures how well a model copies from its context, and which attention heads do it.
 
-    python eval_copy.py runs/tiny/ckpt.pt                      the scores, as a table
+    python eval_copy.py runs/tiny/ckpt.pt                         the scores, as a table
     python eval_copy.py runs/tiny --plot copy.png --json copy.json
-    python eval_copy.py runs/tiny/ckpt.pt --ablate=zero        and how it copies without its best induction heads
-    python eval_copy.py runs/tiny --over_steps                 each checkpoint kept, into measures.jsonl
-    python eval_copy.py runs/tiny/ckpt.pt --prompt 'text to go on with'
+    python eval_copy.py runs/text --data data/text                also on held-out text, and the loss by position
+    python eval_copy.py runs/tiny/ckpt.pt --ablate=zero           also how it copies without its best induction heads
+    python eval_copy.py runs/tiny --over_steps                    every checkpoint of a run, into its measures.jsonl
+    python eval_copy.py runs/tiny/ckpt.pt --prompt 'some text'    continues the text instead
 
-What is measured, and by which definition, is in measures/.
+Every score is defined in measures/; docs/measures.md lists them with their sources.
 """
 
 import argparse
 import json
+import os
+import re
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import kernels
-from config import Parser, from_checkpoint
+from config import Config, Parser, from_checkpoint
 from data import bins
 from data.tokenizer import Tokenizer, tokenizer_from_state
-from errors import UserError, is_out_of_memory
+from errors import UserError, run_command
+from files import atomic_write
 from hf import folder as huggingface
 from measures import ablation, context, heads
-from measures.copying import PREFIX, SUFFIX, CopyTest, K, alphabet_ids, answers, copy_scores, kgrams, make_test
+from measures.alphabets import Vocabulary, alphabet, default_alphabets
+from measures.copying import CopyTest, copy_scores, make_test, predict
+from measures.kgrams import kgram_baseline
+from measures.table import table
 from model import Llama
-from runtime import checkpoint, distributed, metrics
+from runtime import checkpoint, curves, distributed
 
-ALPHABETS = ("full", "hex16")
-REMOVED = (0, 1, 2, 4, 8, 16, 32)  # heads, by --ablate
-TITLES = {  # of measures/heads.py
-    "score_mended": "induction score I",
-    "induction": "induction, attention",
-    "prefix_matching": "prefix matching",
-    "previous": "previous token",
-    "duplicate": "duplicate token",
-}
+TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
+REMOVED = (0, 1, 2, 4, 8, 16, 32)  # numbers of heads that --ablate removes
+# What an existing file must begin with so that --json or --plot may replace it.
+SCORES_JSON, PICTURES = b'[\n {\n  "path"', {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    ids = np.array([i for i in range(tokenizer.size) if i not in tokenizer.special])
+    counts = getattr(tokenizer, "counts", None)
+    return Vocabulary(ids, tokenizer.hex_ids(), None if counts is None else counts[ids] / counts.sum())
+
+
+def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, separator=False, text=None) -> dict[str, CopyTest]:
+    """The copy tests by the name of their alphabet. text (n,): held-out ids, of which the alphabet `text` takes passages.
+
+    separator: put the line end of the paper's Figure 1 after each sequence, or the first id that is not special where the
+    vocabulary has none; test tokens are then drawn from the others.
+    """
+    ours, end, tests = vocabulary(tokenizer), None, {}
+    if separator:
+        line_end = [] if tokenizer.kind in ("chars", "ids") else list(tokenizer.encode("\n"))
+        end = int(line_end[-1]) if line_end else int(ours.ids[0])
+    for name in names or default_alphabets(ours) + ["text"] * (text is not None):
+        if name == "text" and text is None:
+            raise UserError("alphabet=text: takes held-out text; pass --data=FOLDER, a prepared folder")
+        ids, shares = (text, None) if name == "text" else alphabet(ours, name)
+        if name != "text" and separator:
+            shares = None if shares is None else shares[ids != end] / shares[ids != end].sum()
+            ids = ids[ids != end]
+        tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, 0, end, shares, passages=name == "text")
+    return tests
+
+
+def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full: bool = True) -> dict:
+    """All scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
+
+    Not in full, for the evaluations during training: without the k-gram baseline, the scores of heads that take more than one
+    pass, and the context. The model is left in eval mode.
+    """
+    ours, bos = vocabulary(tokenizer), tokenizer.bos
+    copy = {}
+    for name, test in tests.items():
+        predictions = predict(model, test)
+        copy[name] = copy_scores(test, predictions)
+        if full:
+            used = np.unique(test.sequences)
+            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1], "separator": test.separator}
+            copy[name] |= {"ids": len(used), "untrained": ours.untrained(used), "questions": test.hash()}
+            copy[name]["kgram"] = kgram_baseline(test, predictions)
+    if not full:
+        return {"copy": copy, "heads": heads.attention_scores(model, ours.ids, bos, samples=8)}
+    found = {
+        "induction_loss": context.induction_loss(model, ours.ids, bos),
+        "recall": context.associative_recall(model, ours.ids, bos),
+        "pairs": context.key_values(model, ours.ids, bos),
+    }
+    return {"copy": copy, "heads": heads.scores(model, ours.ids, bos), "context": found}
+
+
+def as_row(scores: dict) -> dict:
+    """The scores as a row of metrics.jsonl; in full, of measures.jsonl."""
+    row = {}
+    for name, c in scores["copy"].items():
+        row |= {f"copy_exact_{name}": c["exact"], f"copy_token_{name}": c["token"]}
+        if "kgram" in c:
+            row |= {f"copy_{key}_{name}": c[key] for key in ("first", "logprob", "logprob_unseen")}
+            row |= {f"{key}_{name}": list(c["kgram"][key].values()) for key in ("uses", "ceiling")}
+            row[f"questions_{name}"] = c["questions"]
+    for name, values in scores["heads"].items():
+        if heads.SCORES[name].headline:
+            row[f"{name}_max"] = float(values.max())
+        if heads.SCORES[name].title and "context" in scores:
+            row[name] = values.tolist()
+    if "context" in scores:
+        row |= {"recall": scores["context"]["recall"]["accuracy"], "pairs": scores["context"]["pairs"]}
+    return row
 
 
 def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest]) -> dict:
-    """What metrics.jsonl keeps of the copy test during training."""
-    row = {}
-    for name, test in tests.items():
-        scores = copy_scores(test, answers(model, test))
-        row |= {f"copy_exact_{name}": scores["exact"], f"copy_token_{name}": scores["token"]}
-    induction = heads.attention_scores(model, alphabet_ids(tokenizer, "full"), tokenizer.bos, samples=8)["induction"]
-    row["induction_max"] = float(induction.max())
+    """The scores that a run logs in metrics.jsonl. The model is left in training mode."""
+    row = as_row(measure(model, tokenizer, tests, full=False))
     model.train()
     return row
 
 
 def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
-    """The model, vocabulary and step of a checkpoint, a run directory or a Hugging Face folder."""
+    """The model, tokenizer and step of a checkpoint, a run directory or a Hugging Face folder."""
     state = huggingface.load(path)
     try:
         config = from_checkpoint(state["config"])
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
-    ops = kernels.choose(ops, device, config.head_dim)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
+    try:
+        ops = kernels.choose(ops, device, config.head_dim)
+    except kernels.KernelError as e:
+        raise UserError(str(e)) from None
     model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
     checkpoint.restore(path, state, model)
     tokenizer = tokenizer_from_state(state["tokenizer"])
@@ -68,129 +143,60 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     return model.eval(), tokenizer, state["step"]
 
 
-def evaluate(path, alphabets, samples: int, separator=False, seq_len=0, ablate="", data="", device="auto", ops="auto") -> dict:
-    """All scores of one checkpoint. seq_len: the context of the copy test, 0 for the model's own; ablate: how to remove heads,
-    see measures.ablation; data: a prepared folder, for the loss by position on its val.bin.
-    """
-    model, tokenizer, step = load(path, device, ops)
-    ids, copying = alphabet_ids(tokenizer, "full"), {}
-    for name in alphabets:
-        test = make_test(tokenizer, name, seq_len or model.config.seq_len, samples, separator=separator)
-        said = answers(model, test)
-        scale = {"ids": len(np.unique(test.contexts)), "sequences": test.contexts.shape[1], "samples": samples}
-        scale |= {"separator": test.separator, "questions": test.hash()}
-        copying[name] = scale | copy_scores(test, said) | {"kgram": kgrams(test, said)}
+def context_length(model: Llama, asked: int) -> int:
+    if asked > model.config.seq_len:
+        raise UserError(f"--context={asked}: this model's context is {model.config.seq_len}")
+    return asked or model.config.seq_len
+
+
+def evaluate(path, args: argparse.Namespace) -> dict:
+    """All scores of one checkpoint, by the options of the command."""
+    model, tokenizer, step = load(path, args.device, args.kernels)
+    seq_len = context_length(model, args.context)
     n = sum(p.numel() for p in model.parameters())
-    about = {"path": str(path), "step": step, "parameters": n, "seq_len": model.config.seq_len}
-    found = heads.scores(model, ids, tokenizer.bos)
-    result = about | {"copy": copying, "heads": {name: scores.tolist() for name, scores in found.items()}}
-    result["context"] = {
-        "induction_loss": context.induction_loss(model, ids, tokenizer.bos),
-        "recall": context.associative_recall(model, ids, tokenizer.bos),
-        "pairs": context.key_values(model, ids, tokenizer.bos),
-    }
-    if data:
-        val = bins.Bin(Path(data) / "val.bin", model.config.seq_len, model.config.vocab_size)
+    result = {"path": str(path), "step": step, "parameters": n, "seq_len": model.config.seq_len}
+    val = bins.Bin(Path(args.data) / "val.bin", model.config.seq_len, model.config.vocab_size) if args.data else None
+    text = None
+    if val:  # consecutive windows are consecutive text; each ends with the first token of the next
+        text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // model.config.seq_len))))[:, :-1].flatten()
+    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, args.samples, args.alphabet, args.separator, text))
+    result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
+    if val:
         losses = context.position_losses(model, val.windows(bins.order(0, 0, val.n_windows)[:64]))
         late = {f"icl_50_{n}": context.icl_score(losses, 50, n) for n in (500, 1000)}
         result["positions"] = late | {"loss": losses.tolist()}
-    if ablate:
-        test = make_test(tokenizer, alphabets[0], seq_len or model.config.seq_len, min(samples, 100), separator=separator)
-        means = ablation.head_means(model, heads.repeated(ids, heads.fitting(model, 100, tokenizer.bos), 32, 1, tokenizer.bos))
+    if args.ablate:
+        name = next(iter(scores["copy"]))
+        (test,) = make_tests(tokenizer, seq_len, min(args.samples, 100), [name], args.separator, text).values()
+        ids, bos, ranking = vocabulary(tokenizer).ids, tokenizer.bos, scores["heads"]["score_mended"]
+        means = ablation.head_means(model, heads.repeated(ids, heads.fitting(model, 100, bos), 32, 1, bos))
         result["ablation"] = ablation.ablation_curve(
-            model, lambda model: copy_scores(test, answers(model, test))["exact"], found["score_mended"],
-            ks=[k for k in REMOVED if k <= found["score_mended"].size // 2], how=ablate, means=means,
+            model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking,
+            ks=[k for k in REMOVED if k <= ranking.size // 2], how=args.ablate, means=means,
         )  # fmt: skip
     return result
 
 
-def over_steps(run: Path, samples: int, seq_len=0, device="auto", ops="auto"):
-    """Adds a row to a run's measures.jsonl for each checkpoint it has kept, milestones too, that has none there yet."""
+def over_steps(run: Path, args: argparse.Namespace):
+    """Adds a row to a run's measures.jsonl for each of its checkpoints, milestones included, that has none there yet."""
     file = run / "measures.jsonl"
-    rows = {row["step"]: row for row in metrics.read(file)} if file.exists() else {}
-    found = {int(path.stem.split("_")[1]): path for kind in ("milestone", "ckpt") for path in run.glob(f"{kind}_*.pt")}
+    rows = {row["step"]: row for row in curves.read(file)} if file.exists() else {}
+    names = ((re.fullmatch(r"(?:milestone|ckpt)_(\d+)\.pt", path.name), path) for path in run.glob("*.pt"))
+    found = {int(match[1]): path for match, path in names if match}
     if not found:
         raise UserError(f"{run}: no checkpoints of several steps; train with --ckpt_keep=1000 or --ckpt_milestones=true")
     tests = {}
     for step in sorted(found.keys() - rows.keys()):
-        model, tokenizer, _ = load(found[step], device, ops)
-        tests = tests or {name: make_test(tokenizer, name, seq_len or model.config.seq_len, samples) for name in ALPHABETS}
-        ids, row = alphabet_ids(tokenizer, "full"), {"step": step, "path": found[step].name}
-        for name, test in tests.items():
-            said = answers(model, test)
-            scores, readers = copy_scores(test, said), kgrams(test, said)
-            row |= {f"copy_{key}_{name}": scores[key] for key in ("exact", "token", "first", "logprob")}
-            row |= {f"{key}_{name}": list(readers[key].values()) for key in ("uses", "ceiling")}
-            row |= {f"questions_{name}": test.hash()}
-        attention = heads.attention_scores(model, ids, tokenizer.bos, samples=8)
-        score = heads.paper_score(attention, heads.eigenvalue_score(model), heads.eigenvalue_score(model, folded=True))
-        row |= {"induction": attention["induction"].tolist(), "score_mended": score["mended"].tolist()}
-        row |= {"recall": context.associative_recall(model, ids, tokenizer.bos)["accuracy"]}
-        row |= {"pairs": context.key_values(model, ids, tokenizer.bos)}
-        rows[step] = row
-        text = "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows))
-        aside = file.with_suffix(".tmp")
-        aside.write_text(text)
-        aside.replace(file)
-        print(
-            f"step {step}: exact match " + ", ".join(f"{name} {row[f'copy_exact_{name}']:.3f}" for name in ALPHABETS),
-            flush=True,
-        )
+        model, tokenizer, _ = load(found[step], args.device, args.kernels)
+        tests = tests or make_tests(tokenizer, context_length(model, args.context), args.samples, args.alphabet, args.separator)
+        rows[step] = {"step": step, "path": found[step].name} | as_row(measure(model, tokenizer, tests))
+        atomic_write(file, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
+        exact = ", ".join(f"{name} {rows[step][f'copy_exact_{name}']:.3f}" for name in tests)
+        print(f"step {step}: exact match {exact}", flush=True)
 
 
-def table(result: dict) -> str:
-    """The scores of one checkpoint for people to read."""
-    lines = [f"{result['path']}: step {result['step']}, {result['parameters']:,} parameters, context {result['seq_len']}"]
-    one = next(iter(result["copy"].values()))
-    separated = "" if one["separator"] is None else ", a separator after each"
-    lines += [
-        f"copy test: {one['sequences']} sequences of {PREFIX}+{SUFFIX} tokens{separated}, "
-        f"{len(one['exact_by_sequence'])} of them asked, {one['samples']} samples: {one['queries']:,} queries",
-        "",
-        f"  {'':<18}{'exact':>7}{'(95% interval)':>19}{'token':>8}{'first':>8}{'log p':>8}   questions",
-    ]
-    for name, c in result["copy"].items():
-        cells = "".join(f"{c[key]:8.3f}" for key in ("token", "first", "logprob"))
-        interval = "({:.3f} to {:.3f})".format(*c["interval"])
-        title = f"{name} ({c['ids']:,} ids)"
-        lines.append(f"  {title:<18}{c['exact']:7.3f}{interval:>19}{cells}   {c['questions']}")
-    lines += [
-        "",
-        f"  {'readers of':<18}{'exact match of one of k tokens':<31}the model goes by token k back",
-        f"  {'':<18}" + "".join(f"k = {k}  " for k in K) + "   " + "".join(f"k = {k}  " for k in K) + " like",
-    ]
-    for name, c in result["copy"].items():
-        ceilings = "".join(f"{c['kgram']['ceiling'][k]:5.3f}  " for k in K)
-        uses = "".join("    -  " if (use := c["kgram"]["uses"][k]) is None else f"{use:5.2f}  " for k in K)
-        lines.append(f"  {name:<18}{ceilings}   {uses} k = {c['kgram']['like']}")
-    lines += ["", f"  {'heads':<30}best"]
-    for name, title in TITLES.items():
-        scores = np.array(result["heads"][name])
-        best = np.dstack(np.unravel_index(np.argsort(-scores, axis=None)[:3], scores.shape))[0]
-        lines.append(f"  {title:<30}" + "   ".join(f"layer {i} head {j}: {scores[i, j]:.3f}" for i, j in best))
-    (first, second), (recall, rank) = (result["context"][name].values() for name in ("induction_loss", "recall"))
-    lines += [
-        "",
-        f"  {'loss on random tokens':<30}{first:.3f}   on the same again: {second:.3f}",
-        f"  {'recall, in order':<30}{recall:.3f}   mean rank of the right token: {rank:.1f}",
-        f"  {'key to value, in any order':<30}{result['context']['pairs']:.3f}",
-    ]
-    if p := result.get("positions"):
-        at = [i for i in (1, 10, 50, 100, 500, 1000, len(p["loss"])) if i <= len(p["loss"])]
-        lines += ["", f"  {'loss by position in context':<30}" + "   ".join(f"{i:,}: {p['loss'][i - 1]:.3f}" for i in at)]
-        icl = (f"(50, {n}) {p[f'icl_50_{n}']:+.3f}" for n in (500, 1000) if p[f"icl_50_{n}"] is not None)
-        lines.append(f"  {'in-context learning score':<30}" + ("   ".join(icl) or "none: it takes a context of 500"))
-    if "ablation" in result:
-        a = result["ablation"]
-        lines += ["", f"  {'exact match without k heads':<30}" + "".join(f"{k:>8}" for k in a["k"])]
-        lines.append(f"  {'the best by induction score':<30}" + "".join(f"{x:8.3f}" for x in a["top"]))
-        means = ["       -" if not x else f"{np.mean(x):8.3f}" for x in a["random"]]
-        lines.append(f"  {'as many others, by layer':<30}" + "".join(means))
-    return "\n".join(lines)
-
-
-def go_on(path, text: str, device="auto", ops="auto", n=200):
-    """Prints the prompt and the likeliest continuation, up to n tokens, or to the context's end."""
+def continue_prompt(path, text: str, device="auto", ops="auto", n=200):
+    """Prints the prompt and its likeliest continuation, up to n tokens or the end of the context."""
     model, tokenizer, _ = load(path, device, ops)
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + list(tokenizer.encode(text))
     if not ids or len(ids) >= model.config.seq_len:
@@ -200,63 +206,81 @@ def go_on(path, text: str, device="auto", ops="auto", n=200):
     print(text + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :])
 
 
+def check_output(option: str, file: str, beginning: bytes):
+    """Raises UserError unless `file` can be written, and what it would replace begins as a file of its own kind does."""
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
+    if path.exists():
+        with open(path, "rb") as old:
+            if old.read(len(beginning)) != beginning:
+                raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python eval_copy.py", description=__doc__.split("\n")[0])
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="checkpoint, run directory, or folder of a Hugging Face Llama")
-    parser.add_argument("--alphabet", nargs="+", default=ALPHABETS, metavar="NAME", help="full, hex16 or a number of ids")
-    parser.add_argument("--samples", type=int, default=500, metavar="N", help="samples per alphabet (default: 500)")
-    parser.add_argument(
-        "--separator", action="store_true", help="put a line end after each sequence, as in the paper's Figure 1"
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="checkpoint, run directory, or folder of a Hugging Face Llama")
+    alphabets = (
+        "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data)"
     )
-    parser.add_argument("--context", type=int, default=0, metavar="N", help="of the copy test (default: the model's own)")
-    parser.add_argument(
-        "--ablate", choices=ablation.HOW, default="", help="copying without the best induction heads: how to remove them"
+    alphabets += ", freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
+    add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
+    add("--samples", type=int, default=500, metavar="N", help="samples per alphabet (default: 500)")
+    add("--separator", action="store_true", help="put a line end after each sequence, as in the paper's Figure 1")
+    add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
+    add("--ablate", choices=ablation.HOW, default="", help="also copy without the best induction heads, removed in this way")
+    add("--data", default="", metavar="FOLDER", help="prepared data: also copy held-out text, and print the loss by position")
+    add("--over_steps", action="store_true", help="measure every checkpoint of a run, into its measures.jsonl")
+    add("--json", metavar="FILE", help="write all scores to this file too")
+    add("--plot", metavar="FILE", help="draw the heads, and a run directory's curves: a .png, .pdf or .svg file")
+    add("--prompt", metavar="TEXT", help="continue this text instead of measuring")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    sets = typing.get_args(typing.get_type_hints(Config)["kernels"])
+    add(
+        "--kernels",
+        choices=sets,
+        default="auto",
+        help="op set that the model runs on (default: auto, the fastest that works here)",
     )
-    parser.add_argument("--data", default="", metavar="FOLDER", help="prepared data: the loss by position on its val.bin")
-    parser.add_argument("--over_steps", action="store_true", help="measure each checkpoint of a run, into its measures.jsonl")
-    parser.add_argument("--json", metavar="FILE", help="write all scores there too")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the heads, and a run directory's curves over steps")
-    parser.add_argument("--prompt", metavar="TEXT", help="instead of the scores: text for the model to go on with")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--kernels", choices=("auto", "fused", "eager"), default="auto", help="op set the model runs on")
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"--samples={args.samples}: expected 1 or more")
+    if args.context < 0:
+        parser.error(f"--context={args.context}: expected 0 or more")
+    if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
+        parser.error(f"--plot={args.plot}: expected a name that ends in {', '.join(PICTURES)}")
     return args
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    try:
-        if args.prompt is not None:
-            go_on(args.paths[0], args.prompt, args.device, args.kernels)
-            return 0
-        if args.over_steps:
-            for path in args.paths:
-                over_steps(Path(path), args.samples, args.context, args.device, args.kernels)
-            return 0
-        results = []
-        how = args.separator, args.context, args.ablate, args.data, args.device, args.kernels
-        for path in args.paths:
-            results.append(evaluate(path, args.alphabet, args.samples, *how))
-            print(table(results[-1]), end="\n\n", flush=True)
-        if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
-        if args.plot:
-            from runtime import plots
-
-            plots.draw(args.plot, results)
-            print(f"picture: {args.plot}")
+    if args.prompt is not None:
+        continue_prompt(args.paths[0], args.prompt, args.device, args.kernels)
         return 0
-    except (UserError, kernels.KernelError, OSError) as e:
-        problem = str(e)
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        problem = "out of memory; try --device=cpu, or another machine"
-    print(problem, file=sys.stderr)
-    return 2
+    if args.over_steps:
+        for path in args.paths:
+            over_steps(Path(path), args)
+        return 0
+    if args.json:
+        check_output("--json", args.json, SCORES_JSON)
+    if args.plot:
+        check_output("--plot", args.plot, PICTURES[Path(args.plot).suffix.lower()])
+        runs = [curves.read(file) if (file := Path(path) / "metrics.jsonl").exists() else [] for path in args.paths]
+    results = []
+    for path in args.paths:
+        results.append(evaluate(path, args))
+        print(table(results[-1]), end="\n\n", flush=True)
+    if args.json:
+        atomic_write(args.json, json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        from runtime import plots
+
+        maps = {name: score.title for name, score in heads.SCORES.items() if score.headline}
+        plots.draw(args.plot, results, runs, maps)
+        print(f"picture: {args.plot}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,284 +1,224 @@
-"""The paper's figures, and what it left open, by one command.
+"""Reproduces the figures of "Language Models 'Grok' to Copy", and what the paper left open.
 
     python reproduce.py all --scale=tiny        on 2 CPU cores, within 90 minutes
-    python reproduce.py b --scale=tiny          one figure: its runs, their measures, the picture and its part of REPORT.md
-    python reproduce.py a --scale=gpu           llama162m on one GPU; 10 minutes of it: add --minutes=10, and give it again
+    python reproduce.py b --scale=tiny          one figure: its runs, their scores, the picture and its part of REPORT.md
+    python reproduce.py a --scale=gpu           llama162m on one GPU; in parts of 10 minutes: add --minutes=10, and repeat
     python reproduce.py all --scale=paper       the paper's 40 billion tokens a run, under torchrun on all GPUs of the machine
 
-Each run is train.py with settings of its own, in runs/figures/<scale>/<variant>/seed<n>; one that is done is not run again, and
-one that was stopped goes on. Each of its checkpoints is measured once, with the same questions for all, into measures.jsonl
-beside it. Figures and REPORT.md are made from those rows alone, in results/<scale>/.
+Each run is train.py with settings of its own, in runs/figures/<scale>/<variant>/seed<n>. Finished runs are not repeated, and
+stopped ones resume. Each checkpoint is measured once, by the same questions, into measures.jsonl beside it. Figures and
+REPORT.md are made from these rows alone, in results/<scale>/.
 """
 
 import concurrent.futures
+import gzip
 import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from config import ROOT, Config, Parser, load
+from config import ROOT, Parser
 from data import prepare
-from errors import UserError
-from paper import figures
-from runtime import metrics
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What is run at one scale. settings: of every run, beside the config's own; all others: what the variants change."""
-
-    config: str
-    settings: dict
-    batches: tuple[int, ...]  # of figure b
-    rates: tuple[float, ...]  # learning rates, of figures c and g
-    layers: int  # of the model of figure d
-    grid: tuple[tuple[int, ...], tuple[int, ...]]  # batch sizes and contexts, of figure f
-    grid_steps: tuple[int, ...]  # at each of its batches
-    threshold: float  # exact match, full alphabet, that counts as onset
-    samples: int  # of the copy test, at each checkpoint
-    keep_weights: bool = False  # after they are measured
-    data: str = ""  # the arguments that prepare data for a context other than the config's, where it needs its own
-    seeds: int = 3
-
-
-SCALES = {
-    "tiny": Scale(
-        config="configs/tiny.py",
-        settings=dict(schedule="constant", max_steps=2000, compile="off"),  # the same with a C++ compiler or without
-        batches=(8, 16, 32),
-        rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
-        layers=4,
-        grid=((16, 32, 64), (128, 256)),
-        grid_steps=(1200, 1200, 600),
-        threshold=0.3,
-        samples=100,
-        keep_weights=True,
-        data="repeats --length={context}",
-    ),
-    "gpu": Scale(
-        config="configs/paper/gpu.py",
-        settings={},
-        batches=(16, 32, 64),
-        rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
-        layers=12,
-        grid=((16, 32, 64), (256, 512, 1024)),
-        grid_steps=(8000, 8000, 8000),
-        threshold=0.5,
-        samples=100,
-    ),
-    "paper": Scale(
-        config="configs/llama162m.py",
-        settings={},
-        batches=(256, 512, 1024),
-        rates=(1e-4, 2e-4, 4e-4),
-        layers=12,
-        grid=((256, 512, 1024), (512, 1024, 2048)),
-        grid_steps=(76294, 76294, 76294),
-        threshold=0.2,
-        samples=500,
-    ),
-}
+from errors import RunFailed, UserError, run_command
+from files import atomic_write
+from paper.figures import FIGURES
+from paper.report import write_report
+from paper.scales import SCALES, Scale
+from runtime import curves
 
 
 def variants(scale: Scale) -> dict[str, dict]:
     """The settings of each variant, by name. base is the config itself."""
-    base = base_config(scale)
-    found = {"base": {}} | {f"batch{batch}": {"batch_size": batch} for batch in scale.batches}
-    # As many tokens as base sees, and as many steps: both are compared.
-    for batch in scale.batches:
-        found[f"batch{batch}"]["max_steps"] = max(base.max_steps, base.max_steps * base.batch_size // batch)
-    found |= {f"rate{rate:g}": {"learning_rate": rate} for rate in scale.rates}
-    found[f"layers{scale.layers}"] = {"n_layers": scale.layers}
-    found |= {"dropout0.1": {"attn_dropout": 26 / 256}, "decay0.01": {"weight_decay": 0.01}, "decay0.1": {"weight_decay": 0.1}}
-    for batch, steps in zip(scale.grid[0], scale.grid_steps, strict=True):
-        for context in scale.grid[1]:
-            settings = {"batch_size": batch, "seq_len": context, "max_steps": steps}
-            if scale.data and context != base.seq_len:
-                settings |= {"data": f"{base.data}{context}", "prepare": scale.data.format(context=context)}
-            found[f"batch{batch}-context{context}"] = settings
+    found = {name: settings for figure in FIGURES.values() for name, settings in figure.variants(scale).items()}
     for settings in found.values():
-        settings["micro_batch_size"] = min(settings.get("batch_size", base.batch_size), base.micro_batch_size)
+        settings["micro_batch_size"] = min(settings.get("batch_size", scale.base.batch_size), scale.base.micro_batch_size)
     return found
 
 
-def base_config(scale: Scale) -> Config:
-    return load([str(ROOT / scale.config), *(f"--{k}={v}" for k, v in scale.settings.items())])
-
-
 def standing_for(scale: Scale, name: str) -> str:
-    """The variant whose runs serve for `name`, at constant rate and up to its steps: the one with the same settings."""
-    base, wanted = base_config(scale), variants(scale)[name]
-    for other, settings in variants(scale).items():
-        ours, theirs = ({k: v for k, v in s.items() if k != "max_steps" and v != getattr(base, k)} for s in (wanted, settings))
-        if ours == theirs:
-            return other
-    return name
+    """The variant whose runs serve for `name`: of those that differ from it in the number of steps alone, the longest."""
+    configs = {other: scale.load(settings) for other, settings in variants(scale).items()}
 
+    def but_steps(config):
+        return {k: v for k, v in vars(config).items() if k not in ("max_steps", "prepare")}
 
-FIGURES = {
-    "a": lambda s: ["base"],
-    "b": lambda s: [f"batch{batch}" for batch in s.batches],
-    "c": lambda s: [f"rate{rate:g}" for rate in s.rates[-3:]],
-    "d": lambda s: [f"layers{s.layers}"],
-    "e": lambda s: ["base", "dropout0.1", "decay0.1"],
-    "f": lambda s: [f"batch{batch}-context{context}" for batch in s.grid[0] for context in s.grid[1]],
-    "g": lambda s: [f"rate{rate:g}" for rate in s.rates],
-    "h": lambda s: ["base", "dropout0.1", "decay0.01", "decay0.1"],
-    "i": lambda s: ["base"],
-    "j": lambda s: ["base"],
-}
+    same = [other for other, config in configs.items() if but_steps(config) == but_steps(configs[name])]
+    return max(same, key=lambda other: configs[other].max_steps)
 
 
 @dataclass
 class Runs:
-    """The runs of one scale on this machine: where they are, making them, measuring them."""
+    """Trains and measures the runs of one scale on this machine."""
 
     scale: Scale
     name: str
-    minutes: float | None  # for which training may go on in this call
-    started: float
     out: Path  # of the figures
+    deadline: float | None = None  # of training, by time.monotonic()
+    stopping: bool = False
+    children: set = field(default_factory=set)
 
     def folder(self, variant: str, seed: int) -> Path:
         return ROOT / "runs/figures" / self.name / variant / f"seed{seed}"
 
-    def steps(self, variant: str) -> int:
-        return (self.scale.settings | variants(self.scale)[variant]).get("max_steps", base_config(self.scale).max_steps)
+    def seeds(self, variant: str) -> range:
+        return range(max(self.scale.seeds, self.scale.base_seeds if variant == "base" else 0))
 
     def reached(self, file: str, variant: str, seed: int) -> bool:
         """Whether the last row of metrics.jsonl or measures.jsonl is that of the variant's last step."""
         path = self.folder(variant, seed) / file
-        rows = metrics.read(path) if path.exists() else []
-        return bool(rows) and rows[-1]["step"] >= self.steps(variant)
+        rows = curves.read(path) if path.exists() else []
+        return bool(rows) and rows[-1]["step"] >= self.scale.load(variants(self.scale)[variant]).max_steps
+
+    def run(self, command: list[str], folder: Path, seconds: float | None = None) -> int:
+        """Runs python with these arguments, and stops it after so many seconds. Returns its exit status; output: log.txt."""
+        env = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})  # a run a core is the fastest
+        with open(folder / "log.txt", "a") as log:
+            child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=env)
+        self.children.add(child)
+        try:
+            if self.stopping:
+                child.terminate()
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.terminate()  # train.py saves, and the next call resumes
+            child.wait()
+        self.children.discard(child)
+        return child.returncode
+
+    def failure(self, folder: Path) -> RunFailed:
+        self.stopping = True
+        lines = (folder / "log.txt").read_text().strip().splitlines()
+        return RunFailed(f"{folder}: {lines[-1] if lines else 'failed without a message'}")
 
     def train(self, variant: str, seed: int) -> bool:
-        """Runs train.py, until the minutes are over; whether to its end. Raises RuntimeError with its last line if it fails."""
-        settings, out = self.scale.settings | variants(self.scale)[variant], self.folder(variant, seed)
-        if (out / "ckpt.pt").exists() and self.reached("metrics.jsonl", variant, seed):
+        """Trains a run until its end or the deadline. Returns whether it is complete."""
+        folder = self.folder(variant, seed)
+        if (folder / "ckpt.pt").exists() and self.reached("metrics.jsonl", variant, seed):
             return True
-        left = None if self.minutes is None else self.minutes * 60 - (time.monotonic() - self.started)
-        if left is not None and left <= 0:
+        left = None if self.deadline is None else self.deadline - time.monotonic()
+        if self.stopping or (left is not None and left <= 0):
             return False
-        argv = [self.scale.config, *(f"--{k}={v}" for k, v in settings.items() if k not in ("prepare",)), f"--seed={seed}"]
-        every = settings.get("eval_interval", base_config(self.scale).eval_interval)
-        argv += [f"--out_dir={out}", "--copy_eval_interval=0", "--ckpt_milestones=true", f"--milestone_interval={every}"]
+        settings = self.scale.settings | variants(self.scale)[variant]
+        argv = [self.scale.config, *(f"--{k}={v}" for k, v in settings.items() if k != "prepare"), f"--seed={seed}"]
+        every = settings.get("eval_interval", self.scale.base.eval_interval)
+        argv += [f"--out_dir={folder}", "--copy_eval_interval=0", "--ckpt_milestones=true", f"--milestone_interval={every}"]
         gpus = torch.cuda.device_count()
         many = self.name == "paper" and gpus > 1
-        command = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "train.py"] if many else ["train.py"]
-        )
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{variant} seed {seed}: python {' '.join([*command, *argv])}", flush=True)
-        threads = {} if gpus else {"OMP_NUM_THREADS": "1"}  # a run a core: two runs of one thread beat one of two
-        with open(out / "log.txt", "a") as log:
-            child = subprocess.Popen(
-                [sys.executable, *command, *argv], cwd=ROOT, stdout=log, stderr=log, env=os.environ | threads
-            )
-            try:
-                child.wait(left)
-            except subprocess.TimeoutExpired:
-                child.terminate()  # it saves, and the next call goes on
-                child.wait()
-        if child.returncode not in (0, 3, -15) and not (many and child.returncode == 1):
-            raise RuntimeError(f"{out}: {(out / 'log.txt').read_text().strip().splitlines()[-1]}")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if many else []
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"{variant} seed {seed}: python {' '.join([*torchrun, 'train.py', *argv])}", flush=True)
+        status = self.run([*torchrun, "train.py", *argv], folder, left)
+        if status not in (0, 3, -15) and not (many and status == 1):
+            raise self.failure(folder)
         return self.reached("metrics.jsonl", variant, seed)
 
     def measure(self, variant: str, seed: int):
-        """Measures each checkpoint of a run that has not been measured yet."""
-        if self.reached("measures.jsonl", variant, seed):
+        """Measures the checkpoints of a run that have not been measured yet."""
+        if self.stopping or self.reached("measures.jsonl", variant, seed):
             return
-        command = [
-            sys.executable,
-            "eval_copy.py",
-            str(self.folder(variant, seed)),
-            "--over_steps",
-            f"--samples={self.scale.samples}",
-        ]
-        command += [f"--context={min(self.scale.grid[1][0], base_config(self.scale).seq_len)}"]
-        threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | threads)
-        if done.returncode:
-            raise RuntimeError(f"{self.folder(variant, seed)}: {done.stderr.strip().splitlines()[-1]}")
+        folder = self.folder(variant, seed)
+        context = min(self.scale.grid[1][0], self.scale.base.seq_len)
+        command = ["eval_copy.py", str(folder), "--over_steps", f"--samples={self.scale.samples}", f"--context={context}"]
+        if self.run(command, folder) and not self.stopping:
+            raise self.failure(folder)
         if not self.scale.keep_weights:
-            for path in self.folder(variant, seed).glob("milestone_*.pt"):
+            for path in folder.glob("milestone_*.pt"):
                 path.unlink()
 
     def rows(self, variant: str) -> list[list[dict]]:
-        """For each seed the rows of its measured steps, up to the variant's last, with the losses that training logged."""
-        steps, found = self.steps(variant), []
-        for seed in range(self.scale.seeds):
-            folder = self.folder(standing_for(self.scale, variant), seed)
-            logged = {row["step"]: row for row in metrics.read(folder / "metrics.jsonl")}
-            measured = {row["step"]: row for row in metrics.read(folder / "measures.jsonl")}
-            found.append([logged[s] | row for s, row in measured.items() if s <= steps and "val_loss" in logged.get(s, ())])
-        return found
+        """For each seed the rows of its measured steps, up to the variant's last, with the losses that training logged.
+
+        They are kept in results/<scale>/rows, from where figures are drawn once the runs are gone.
+        """
+        stand, last = standing_for(self.scale, variant), self.scale.load(variants(self.scale)[variant]).max_steps
+        kept = self.out / "rows" / f"{stand}.json.gz"
+        if all((self.folder(stand, seed) / "measures.jsonl").exists() for seed in self.seeds(stand)):
+            found = []
+            for seed in self.seeds(stand):
+                logged = {row["step"]: row for row in curves.read(self.folder(stand, seed) / "metrics.jsonl")}
+                measured = curves.read(self.folder(stand, seed) / "measures.jsonl")
+                found.append([logged[r["step"]] | r for r in measured if "val_loss" in logged.get(r["step"], ())])
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(kept, gzip.compress(json.dumps(found).encode(), mtime=0))
+        elif not kept.exists():
+            raise UserError(f"{kept}: not found, and there are no runs of {stand} to draw from; leave --redraw out")
+        return [[row for row in rows if row["step"] <= last] for rows in json.loads(gzip.decompress(kept.read_bytes()))]
 
 
-def make(letters: list[str], runs: Runs, jobs: int) -> bool:
-    """Trains and measures what the figures need, then draws them; False where the minutes ended before the runs."""
-    names = dict.fromkeys(standing_for(runs.scale, name) for letter in letters for name in FIGURES[letter](runs.scale))
-    configs = {}
-    for name in names:
-        settings = runs.scale.settings | variants(runs.scale)[name]
-        configs[name] = config = load([str(ROOT / runs.scale.config), *(f"--{k}={v}" for k, v in settings.items())])
+def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
+    """Trains and measures what the figures need, `jobs` runs at a time; False where the deadline came before the end."""
+    scale = runs.scale
+    names = dict.fromkeys(standing_for(scale, name) for letter in letters for name in FIGURES[letter].variants(scale))
+    configs = {name: scale.load(variants(scale)[name]) for name in names}
+    for config in configs.values():
         if config.prepare and not (ROOT / config.data / "train.bin").exists():
             prepare.prepare([*config.prepare.split(), f"--out={ROOT / config.data}"])
+
+    def one(pair):
+        complete = runs.train(*pair)
+        if complete:
+            runs.measure(*pair)
+        return complete
 
     def tokens(pair):
         c = configs[pair[0]]
         return c.max_steps * c.batch_size * c.seq_len
 
-    def one(pair):
-        whole = runs.train(*pair)
-        if whole:
-            runs.measure(*pair)
-        return whole
+    pairs = [(name, seed) for name in names for seed in runs.seeds(name)]
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        return all(
+            list(pool.map(one, sorted(pairs, key=tokens, reverse=True)))
+        )  # the longest first, so no core waits at the end
+    except BaseException:  # Ctrl-C, or a run failed: the others save, and the same command resumes them
+        runs.stopping = True
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in list(runs.children):
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown()
 
-    pairs = [(name, seed) for name in names for seed in range(runs.scale.seeds)]
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        whole = list(pool.map(one, sorted(pairs, key=tokens, reverse=True)))  # the longest first: no core waits at the end
-    if not all(whole):
-        return False
-    out = runs.out
-    out.mkdir(parents=True, exist_ok=True)
+
+def draw(letters: list[str], runs: Runs):
+    runs.out.mkdir(parents=True, exist_ok=True)
     for letter in letters:
-        data = {name: runs.rows(name) for name in FIGURES[letter](runs.scale)}
-        draw, _ = figures.DRAW[letter]
-        (out / f"{letter}.json").write_text(json.dumps(draw(data, runs.scale, out / f"{letter}.png"), indent=1) + "\n")
-    figures.report(out, runs.name, runs.scale)
-    return True
+        data = {name: runs.rows(name) for name in FIGURES[letter].variants(runs.scale)}
+        found = FIGURES[letter].draw(data, runs.scale, runs.out / f"{letter}.png")
+        atomic_write(runs.out / f"{letter}.json", json.dumps(found, indent=1) + "\n")
+    write_report(runs.out, runs.name, runs.scale, FIGURES)
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0: done; 2: the user's mistake; 3: the minutes ended, the same command goes on; 4: a run failed."""
+    """Exit status 0: done; 2: the user's mistake; 3: the minutes ended, the same command resumes; 4: a run failed."""
     parser = Parser(prog="python reproduce.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "figure", choices=[*FIGURES, "all"], help="; ".join(f"{k}: {title.lower()}" for k, (_, title) in figures.DRAW.items())
-    )
+    titles = "; ".join(f"{letter}: {figure.title}" for letter, figure in FIGURES.items())
+    parser.add_argument("figure", choices=[*FIGURES, "all"], help=titles)
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="(default: tiny)")
-    parser.add_argument("--minutes", type=float, help="stop training after so many; the same command goes on")
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time (default: one a core, or one on GPUs)")
+    parser.add_argument("--minutes", type=float, help="stop training after so many; the same command resumes")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core, or one on GPUs)")
+    parser.add_argument("--redraw", action="store_true", help="draw the figures and REPORT.md again, without training")
     args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs={args.jobs}: expected 1 or more")
+    if args.minutes is not None and not args.minutes >= 0:
+        parser.error(f"--minutes={args.minutes:g}: expected 0 or more")
     jobs = args.jobs or (1 if torch.cuda.is_available() else prepare.cores())
-    runs = Runs(SCALES[args.scale], args.scale, args.minutes, time.monotonic(), ROOT / "results" / args.scale)
-    try:
-        if not make(list(FIGURES) if args.figure == "all" else [args.figure], runs, jobs):
-            print("the minutes are over; the same command goes on")
-            return 3
-    except UserError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except RuntimeError as e:
-        print(e, file=sys.stderr)
-        return 4
+    deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    runs = Runs(SCALES[args.scale], args.scale, ROOT / "results" / args.scale, deadline)
+    letters = list(FIGURES) if args.figure == "all" else [args.figure]
+    if not args.redraw and not train_all(letters, runs, jobs):
+        print("the minutes are over; the same command resumes")
+        return 3
+    draw(letters, runs)
     print(f"results/{args.scale}/REPORT.md")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -333,8 +333,7 @@ def check_data(config: Config, train_bin: bins.Bin, tokenizer):
 
 def copy_tests(config: Config, tokenizer) -> dict:
     """Returns the copy tests made during training: fewer samples than eval_copy.py's own, the same at every step."""
-    names = eval_copy.ALPHABETS if config.copy_eval_interval else ()
-    return {name: eval_copy.make_test(tokenizer, name, config.seq_len, samples=50) for name in names}
+    return eval_copy.make_tests(tokenizer, config.seq_len, samples=50) if config.copy_eval_interval else {}
 
 
 if __name__ == "__main__":

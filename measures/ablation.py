@@ -1,4 +1,4 @@
-"""What a model loses without some of its heads, against what it loses without as many others.
+"""What a model loses without some of its heads, compared with what it loses without as many others.
 
     ranking = heads.attention_scores(model, ids, bos)["induction"]
     ablation_curve(model, lambda model: copy_scores(model, test)["exact"], ranking, ks=(0, 1, 2, 4))
@@ -19,16 +19,16 @@ HOW = ("zero", "mean", "pattern")
 
 @contextlib.contextmanager
 def removed(model: Llama, heads, how: str = "zero", means=None):
-    """Within this context each forward pass of the model is one without `heads`, an iterable of (layer, head).
+    """Removes `heads`, an iterable of (layer, head), from the model's forward passes within this context.
 
     zero     the output of each is 0.
-    mean     the output of each is its mean, of means = head_means(model, tokens). (Crosbie & Shutova 2024.)
-    pattern  the output of each is 0, while all heads attend as they would if none was removed (pattern-preserving, Olsson et
-             al. 2022): queries and keys are those of an intact pass beside it. What is lost is what the heads add to the
-             values and to the stream, not what others look at because of them. Twice the work of a pass.
+    mean     the output of each is its mean, from means = head_means(model, tokens). (Crosbie & Shutova 2024.)
+    pattern  the output of each is 0, while all heads attend as they would if none were removed (pattern-preserving ablation,
+             Olsson et al. 2022): queries and keys come from an intact pass alongside. What is lost is what the heads write,
+             not where other heads look because of it. Twice the work of a pass.
 
-    All work with a KVCache, for zero and mean as it is; for pattern it must be filled within this context, and is left with
-    the keys and values of the intact pass. attention_maps yields the patterns that the ablated pass has.
+    All three work with a KVCache; for pattern it must be filled within this context, and is left with the keys and values of
+    the intact pass. attention_maps yields the patterns of the ablated pass.
     Raises ValueError for another `how`, a head that the model lacks, mean without means, and pattern within pattern.
     """
     by_layer = _by_layer(model, heads)
@@ -70,9 +70,8 @@ def _replacing(mine: list[int], value, config):
 
 @torch.no_grad()
 def head_means(model: Llama, tokens) -> torch.Tensor:
-    """The mean output of each head over all positions and samples of token ids (B, T): (n_layers, n_heads, Dh), fp32 or wider.
-
-    One pass of the model as it is, in eval mode.
+    """The mean output of each head over all positions and samples of token ids (B, T), in one pass in eval mode:
+    (n_layers, n_heads, Dh), fp32 or wider.
     """
     model.eval()
     c, means = model.config, []
@@ -90,60 +89,64 @@ def head_means(model: Llama, tokens) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _pattern_preserved(model: Llama, by_layer: dict[int, list[int]]):
-    """model.hidden is, for this instance, a pass of two streams: x intact, y without the heads but with the patterns of x."""
+    """Makes this model's hidden() run every batch twice in one: the first half intact, the second without the heads but with
+    the queries and keys of the first. It returns the second half.
+    """
     if "hidden" in vars(model):
         raise ValueError("how='pattern': already so; name all heads in one call")
-    c, twins = model.config, weakref.WeakKeyDictionary()  # the values of y (L, B, seq_len, Hkv, Dh) by the cache that x fills
-    hooks = {layer: _replacing(mine, 0.0, c) for layer, mine in by_layer.items()}
+    hidden, both = model.hidden, False  # both: whether a batch of two halves is under way
+    twins = weakref.WeakKeyDictionary()  # the caller's KVCache -> one of both halves
 
-    def hidden(tokens, seed=None, cache: KVCache | None = None):
-        start, T = cache.length if cache else 0, tokens.shape[1]
-        if cache and start and cache not in twins:
-            raise ValueError("how='pattern': this KVCache was filled outside of the context; begin with an empty one")
-        if cache and cache not in twins:
-            twins[cache] = torch.empty_like(cache.kv[:, 1])
-        rope = model.rope(start, T)
-        x = y = model.embed(tokens).to(model.dtype)
-        for i, block in enumerate(model.blocks):
-            attention = block.attention
-            q, k, v = attention.qkv(model.ops.rms_norm(x, block.attention_norm, block.eps), rope)
-            v_y = attention.qkv(model.ops.rms_norm(y, block.attention_norm, block.eps), rope)[2]  # (B, T, Hkv, Dh)
-            if cache:
-                k, v = cache.layer(i).append(k, v)
-                twins[cache][i, :, start : start + T] = v_y
-                v_y = twins[cache][i, :, : start + T]
-            x = _rest(block, x, model.ops.causal_attention(q, k, v).flatten(2))
-            out = model.ops.causal_attention(q, k, v_y).flatten(2)  # (B, T, H * Dh)
-            y = _rest(block, y, *(hooks[i](None, (out,)) if i in hooks else (out,)))
+    def hidden_twice(tokens, seed=None, cache: KVCache | None = None):
+        nonlocal both
+        B, twin = len(tokens), None
         if cache:
-            cache.length += T
-        return model.ops.rms_norm(y, model.norm, c.norm_eps)
+            if cache.length and cache not in twins:
+                raise ValueError("how='pattern': this KVCache was filled outside of the context; begin with an empty one")
+            twin = twins.setdefault(cache, KVCache(model, 2 * B, cache.kv.shape[3]))
+            twin.length = cache.length
+        both = True
+        x = hidden(torch.cat((tokens, tokens)), cache=twin)
+        both = False
+        if cache:
+            new = slice(cache.length, twin.length)
+            cache.kv[:, :, :, new] = twin.kv[:, :, :B, new]
+            cache.length = twin.length
+        return x[B:]
 
-    model.hidden = hidden
-    try:
+    def shared(qkv):
+        def patched(x, rope):
+            q, k, v = qkv(x, rope)
+            return *((half.chunk(2)[0].repeat(2, 1, 1, 1) for half in (q, k)) if both else (q, k)), v
+
+        return patched
+
+    def second_half(hook):
+        return lambda module, args: (torch.cat((args[0].chunk(2)[0], *hook(module, args[0].chunk(2)[1:]))),) if both else None
+
+    with contextlib.ExitStack() as stack:
+        for layer, block in enumerate(model.blocks):
+            block.attention.qkv = shared(block.attention.qkv)
+            stack.callback(delattr, block.attention, "qkv")
+            if layer in by_layer:
+                hook = second_half(_replacing(by_layer[layer], 0.0, model.config))
+                stack.callback(block.attention.wo.register_forward_pre_hook(hook).remove)
+        model.hidden = hidden_twice
+        stack.callback(delattr, model, "hidden")
         yield
-    finally:
-        del model.hidden
-
-
-def _rest(block, x, heads):
-    """The block from the outputs of its heads (B, T, H * Dh) on; as Block.forward."""
-    y, x = block.ops.add_rms_norm(block.attention.wo(heads), x, block.mlp_norm, block.eps)
-    return x + block.mlp(y)
 
 
 def ablation_curve(model: Llama, score_fn, ranking, ks, how="zero", seed=0, controls=3, means=None) -> dict:
-    """score_fn(model), a number, with the k highest heads of `ranking` (n_layers, n_heads) removed, for each k of `ks`, and
-    with `controls` random sets of as many others.
+    """Scores the model, as score_fn(model) does, without the k highest heads of `ranking` (n_layers, n_heads), for each k of
+    `ks`, and without `controls` random sets of k others.
 
     A random set has as many heads of each layer as the k highest have there, drawn from the others (Crosbie & Shutova 2024).
-    Where a layer has too few others, all of them are in the set, and heads of other layers, none of the k highest, make up the
-    number: `unmatched` tells how many. Where more than half of all heads are removed there is no such set: random is [] there.
-    The draw depends on seed, k and which heads are removed.
+    Where a layer has too few others, the set takes them all and fills up with heads of other layers; `unmatched` counts these.
+    Where more than half of all heads are removed there is no such set. The draw depends on seed, k and the heads removed.
 
-    -> {"heads": [[layer, head], ...], "k": [...], "top": [...], "random": [[...], ...], "unmatched": [...]}: the heads, highest
-    first, as many as the largest k; then for each k the score, `controls` scores, and the largest `unmatched` of their sets.
-    Raises ValueError for a k that is no number of heads.
+    Returns {"heads": [[layer, head], ...], "k": [...], "top": [...], "random": [[...], ...], "unmatched": [...]}: the heads,
+    highest first, as many as the largest k; then for each k the score, the scores of the random sets ([] where there is none),
+    and the largest `unmatched` of these. Raises ValueError for a k that is no number of heads.
     """
     ranking, ks = np.asarray(ranking), [int(k) for k in ks]
     order = np.argsort(-ranking, axis=None, kind="stable")
@@ -167,8 +170,10 @@ def ablation_curve(model: Llama, score_fn, ranking, ks, how="zero", seed=0, cont
 
 
 def matched(top, shape, seed) -> tuple[list[tuple[int, int]], int] | None:
-    """Random heads in the place of `top`, none of them in it: ([(layer, head), ...], how many are not of a layer that they
-    stand for), or None where there are not enough others in the model. shape: (n_layers, n_heads).
+    """Draws as many random heads as `top` has, none of them in it, with as many of each layer where possible.
+
+    Returns ([(layer, head), ...], how many could not be matched by layer), or None where the model has too few other heads.
+    shape: (n_layers, n_heads).
     """
     L, H = shape
     rng, taken = np.random.default_rng(seed), set(top)

@@ -1,1 +1,1 @@
-"""What is measured over runs: onset, statistics, figures."""
+"""What is measured over several runs: statistics and the paper's figures."""

@@ -1,336 +1,270 @@
-"""The figures of reproduce.py: from rows of measures to a picture, and to each claim with what was measured and whether it
-holds.
+"""The figures of reproduce.py: which runs each takes, what is drawn, and each claim with what was measured.
 
-A figure is a function of data, {variant: [rows of seed 0, rows of seed 1, ...]}, and of the scale. It returns what is kept as
-JSON; its "claims" are [claim, verdict, what was measured].
+A figure is a function of the runs' rows, {variant: [rows of seed 0, rows of seed 1, ...]}, of the scale and of the picture's
+file. It returns what is kept as JSON; its "claims" are [claim, verdict, what was measured]. Its docstring is the caption. To
+add a figure, write it here under @figure, which names its runs.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from paper.onset import at_the_end, difference, exponents, interval, onset
-from runtime.plots import bands, bars, heat, panels, points, save
+from paper import shared
+from paper.report import FAILS, TOLD, above_zero, at_exponents, below_zero, intervals, listed, signed, verdict
+from paper.shared import draw_curves, label, law_claims, laws, mean_end, measure_name, onset_text, onsets, treatments
+from paper.statistics import difference, rounding_of_a_difference, summary
+from runtime.curves import at_the_end, onset
+from runtime.plots import bars, heat, lines, panels, points, save
 
-COPY, HEX = "copy_exact_full", "copy_exact_hex16"
-HOLDS, FAILS, OPEN, TOLD = "holds", "fails", "cannot be told", "measured"
-STEPS, TOKENS = {"step": "update steps"}, {"tokens": "tokens"}
-ACCURACY = dict(ylabel="exact match", ylim=(-0.03, 1.03))
-LOSS = dict(ylabel="nats per token")
+HEX = "copy_exact_hex16"
 
 
+class Figure(NamedTuple):
+    title: str
+    variants: Callable  # see paper.shared
+    draw: Callable
+
+
+FIGURES: dict[str, Figure] = {}
+
+
+def figure(letter: str, title: str, variants: Callable):
+    """Registers the decorated function as a figure."""
+
+    def register(draw):
+        FIGURES[letter] = Figure(title, variants, draw)
+        return draw
+
+    return register
+
+
+@figure("a", "Loss and copying over tokens", shared.base)
 def figure_a(data, scale, file):
+    """Copying and the validation loss over training tokens."""
     (seeds,) = data.values()
-    figure, (left, right) = panels(2)
-    bands(left, {"full alphabet": seeds}, COPY, "tokens")
-    bands(left, {"hex16": seeds}, HEX, "tokens")
-    for name, label in (("val_loss_new", "new tokens"), ("val_loss_repeated", "repeated tokens"), ("val_loss", "all")):
-        bands(right, {label: seeds}, name, "tokens")
-    left.set(title="copying", xlabel="tokens", **ACCURACY)
-    right.set(title="validation loss", xlabel="tokens", **LOSS)
-    save(figure, file)
+    picture, (left, right) = panels(2)
+    for name, text in {scale.copying: measure_name(scale.copying), HEX: measure_name(HEX)}.items():
+        lines(left, {text: seeds}, name, "tokens")
+    for name, text in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
+        lines(right, {text: seeds}, name, "tokens")
+    shared.describe(left, scale.copying, "tokens")
+    shared.describe(right, "val_loss", "tokens")
+    save(picture, file)
 
-    starts, waits, rises, fallen = onsets(seeds, scale), [], [], []
-    for rows, start in zip(seeds, starts, strict=True):
-        if start is not None:
-            reached = [next(r["step"] for r in rows if r[COPY] >= share * at_the_end(rows, COPY)) for share in (0.1, 0.9)]
-            losses = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
-            last = [loss for step, loss in losses if step < reached[0]][-1:] or [losses[0][1]]
-            fallen.append((losses[0][1] - last[0]) / (losses[0][1] - min(loss for _, loss in losses)))
-            waits.append(reached[0])
-            rises.append(reached[1] - reached[0])
-    shares, rose, waited = ", ".join(f"{x:.0%}" for x in fallen), ", ".join(map(str, rises)), ", ".join(map(str, waits))
-    return {
-        "onset": starts, "rise_steps": rises, "loss_fallen_before": fallen,
-        "claims": [
-            ["copying stays absent long after the loss has flattened", verdict(fallen, lambda x: x >= 0.9),
-             f"onset at {said(starts, seeds)}; {shares} of the whole fall of the validation loss came before copying rose"],
-            ["when copying comes, it comes abruptly", verdict(list(zip(rises, waits, strict=True)), lambda x: x[0] < x[1]),
-             f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}"],
-        ],
-    }  # fmt: skip
+    waits, rises, fallen = [], [], []
+    starts = onsets(seeds, scale)
+    for rows in (rows for rows, start in zip(seeds, starts, strict=True) if start is not None):
+        end = at_the_end(rows, scale.copying)
+        tenth, nine = (next(r["step"] for r in rows if r[scale.copying] >= share * end) for share in (0.1, 0.9))
+        losses = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+        first = losses[0][1]
+        before = [loss for step, loss in losses if step < tenth][-1:] or [first]
+        fallen.append((first - before[0]) / (first - min(loss for _, loss in losses)))
+        waits.append(tenth)
+        rises.append(nine - tenth)
+    found = {"onset": starts, "wait_steps": waits, "rise_steps": rises, "loss_fallen_before": fallen}
+    return found | {"claims": claims_a(found, onset_text(starts, seeds))}
 
 
+def claims_a(found, onset_at: str):
+    waits, rises, fallen = (found[name] for name in ("wait_steps", "rise_steps", "loss_fallen_before"))
+    before = ", ".join(f"{x:.0%}" for x in fallen) or "none"
+    rose, waited = (", ".join(map(str, steps)) for steps in (rises, waits))
+    return [
+        ["copying stays absent long after the loss has flattened", verdict(fallen, lambda x: x >= 0.9),
+         f"onset at {onset_at}; {before} of the fall of the validation loss came before copying rose"],
+        ["when copying comes, it comes abruptly", verdict(list(zip(rises, waits, strict=True)), lambda x: x[0] < x[1]),
+         f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}"],
+    ]  # fmt: skip
+
+
+@figure("b", "Batch size: steps or tokens", shared.batches)
 def figure_b(data, scale, file):
-    figure, axes = panels(4)
-    labels = {f"batch {b}": seeds for b, seeds in zip(scale.batches, data.values(), strict=True)}
-    for ax, (name, axis) in zip(
-        axes, ((COPY, "step"), (COPY, "tokens"), ("val_loss", "step"), ("val_loss", "tokens")), strict=True
-    ):
-        bands(ax, labels, name, axis)
-        what, units = ("copying", ACCURACY) if name == COPY else ("validation loss", LOSS)
-        ax.set(title=f"{what} by {'steps' if axis == 'step' else 'tokens'}", xlabel=(STEPS | TOKENS)[axis], **units)
-    save(figure, file)
-
-    cells = {(b,): onsets(seeds, scale) for b, seeds in zip(scale.batches, data.values(), strict=True)}
-    law = exponents(cells)
-    how = OPEN
-    if told := intervals(law, cells):
-        low, high = told[0]
-        how = FAILS if not low <= 0 <= high else HOLDS if low > -0.5 else OPEN
-    each = "; ".join(f"batch {b}: {said(cells[b,], seeds)}" for b, seeds in zip(scale.batches, data.values(), strict=True))
+    """Copying and the validation loss for several batch sizes, over update steps and over training tokens."""
+    draw_curves(file, data, [(name, axis) for name in (scale.copying, "val_loss") for axis in ("step", "tokens")])
+    found, kept = laws(data, scale, [(batch,) for batch in scale.batches], ["batch"])
     claim = "when copying comes depends on update steps, not on tokens"
-    return {
-        "onset": {b: starts for (b,), starts in cells.items()}, "fit": law,
-        "claims": [[claim, how, f"onset at {each}; {law_of(law, 'batch')}, where 0 is steps alone and -1 tokens alone"]],
-    }  # fmt: skip
+    tail = ", where 0 is steps alone and -1 tokens alone"
+    return kept | {"claims": law_claims(found, claim, lambda law: at_exponents(law, (0,)), tail)}
 
 
+@figure("c", "Learning rate", lambda scale: shared.rates(scale, 3))
 def figure_c(data, scale, file):
-    rates = scale.rates[-len(data) :]
-    figure, (left, right) = panels(2)
-    for ax, name, title, units in ((left, COPY, "copying", ACCURACY), (right, "val_loss", "validation loss", LOSS)):
-        bands(ax, {f"rate {r:g}": seeds for r, seeds in zip(rates, data.values(), strict=True)}, name)
-        ax.set(title=title, xlabel="update steps", **units)
-    save(figure, file)
-
-    cells = {(r,): onsets(seeds, scale) for r, seeds in zip(rates, data.values(), strict=True)}
-    law, (first, *_, last) = exponents(cells), data.values()
-    gain = difference(COPY, list(zip(first, last, strict=True)))
-    each = "; ".join(f"{r:g}: {said(cells[r,], seeds)}" for r, seeds in zip(rates, data.values(), strict=True))
-    ends = ", ".join(f"{np.mean([at_the_end(rows, COPY) for rows in seeds]):.2f}" for seeds in data.values())
-    return {
-        "onset": {f"{r:g}": starts for (r,), starts in cells.items()}, "fit": law, "gain": gain,
-        "claims": [
-            ["a higher learning rate makes copying come earlier", below_zero((intervals(law, cells) or [None])[0]),
-             f"onset by rate, at {each}; {law_of(law, 'rate')}"],
-            ["... and stronger", above_zero(gain["interval"]),
-             f"final exact match {ends} at {', '.join(f'{r:g}' for r in rates)}; last less first {signed(gain)}"],
-        ],
-    }  # fmt: skip
+    """Copying and the validation loss for several learning rates, over update steps."""
+    draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
+    found, kept = laws(data, scale, [(rate,) for rate in scale.rates[-3:]], ["rate"])
+    sooner = "a higher learning rate makes copying come earlier"
+    claims = law_claims(found, sooner, lambda law: below_zero((intervals(law) or [None])[0]))
+    first, *_, last = data.values()
+    gain = difference(scale.copying, list(zip(first, last, strict=False)))
+    ends = ", ".join(f"{label(name)}: {mean_end(seeds, scale.copying):.2f}" for name, seeds in data.items())
+    text = f"final accuracy at {ends}; last minus first {signed(gain)}"
+    claims.append(["a higher learning rate makes copying stronger", above_zero(gain["interval"]), text])
+    return kept | {"gain": gain, "claims": claims}
 
 
+@figure("d", "Induction heads by layer", lambda scale: {f"layers{scale.layers}": {"n_layers": scale.layers}})
 def figure_d(data, scale, file):
+    """The highest induction score I in each layer, seed by seed; and the best of all beside copying."""
     (seeds,) = data.values()
-    figure, axes = panels(len(seeds) + 1)
-    firsts, steps = [], [row["step"] for row in seeds[0]]
+    picture, axes = panels(len(seeds) + 1)
+    firsts = []
     for seed, (ax, rows) in enumerate(zip(axes, seeds, strict=False)):
+        at = [row["step"] for row in rows]
         best = np.array([np.max(row["score_mended"], axis=1) for row in rows]).T  # (layers, steps)
-        heat(ax, best, range(len(best)), steps, scale=(0, 1))
-        ax.set(title=f"best induction score I, seed {seed}", xlabel="update steps", ylabel="layer")
-        firsts.append([onset([{"step": s, "I": i} for s, i in zip(steps, layer, strict=True)], 0.3, "I") for layer in best])
-    bands(axes[-1], {"exact match": seeds}, COPY)
-    bands(axes[-1], {"best head": [[row | {"I": np.max(row["score_mended"])} for row in rows] for rows in seeds]}, "I")
+        heat(ax, best, range(len(best)), at, scale=(0, 1))
+        ax.set(title=f"highest induction score I, seed {seed}", xlabel="update steps", ylabel="layer")
+        firsts.append([onset([{"step": s, "I": i} for s, i in zip(at, layer, strict=True)], 0.3, "I") for layer in best])
+    lines(axes[-1], {"copying": seeds}, scale.copying)
+    lines(axes[-1], {"best head": [[row | {"I": np.max(row["score_mended"])} for row in rows] for rows in seeds]}, "I")
     axes[-1].set(title="copying and the best head", xlabel="update steps", ylim=(-0.05, 1.05))
-    save(figure, file)
+    save(picture, file)
+    return {"first_step": firsts, "claims": [claim_d(firsts)]}
 
+
+def claim_d(firsts):
     order = [[x for x in first if x is not None] for first in firsts]
-    told = [x for x in order if len(set(x)) > 1]
-    text = "; ".join(f"seed {seed}: " + by(first, "layer {}", 0) for seed, first in enumerate(firsts))
-    claim = "induction heads form from shallow to deep layers"
-    return {
-        "first_step": firsts,
-        "claims": [[claim, verdict(told if len(told) == len(order) else [], lambda x: x == sorted(x)),
-                    f"first step of two with a head of I at or above 0.3: {text}"]],
-    }  # fmt: skip
+    telling = [x for x in order if len(set(x)) > 1]
+    how = verdict(telling if len(telling) == len(order) else [], lambda x: x == sorted(x))
+    text = "; ".join(f"seed {seed}: {listed(first, 'layer {}', 0)}" for seed, first in enumerate(firsts))
+    return ["induction heads form from shallow to deep layers", how, f"first step with a head of I at or above 0.3: {text}"]
 
 
+@figure("e", "Attention dropout and weight decay", treatments)
 def figure_e(data, scale, file):
-    figure, (left, right) = panels(2)
-    for ax, name, title, units in ((left, COPY, "copying", ACCURACY), (right, "val_loss", "validation loss", LOSS)):
-        bands(ax, data, name)
-        ax.set(title=title, xlabel="update steps", **units)
-    save(figure, file)
-
-    base, claims, found = data["base"], [], {}
-    for name, title in (("dropout0.1", "attention dropout of 10%"), ("decay0.1", "weight decay of 0.1")):
-        pairs = list(zip(base, data[name], strict=True))
-        starts = [onsets(pair, scale) for pair in pairs]
-        both = [b - a for a, b in starts if None not in (a, b)]
-        change = {"mean": float(np.mean(both)), "interval": interval(both)} if both else None
-        final, hex16 = difference(COPY, pairs), difference(HEX, pairs)
-        found[name] = {"onset": [b for _, b in starts], "onset_change": change, COPY: final, HEX: hex16}
-        lost = any(b is None for _, b in starts) and not any(a is None for a, _ in starts)
-        text = f"onset at {said([b for _, b in starts], data[name])}, without at {said([a for a, _ in starts], base)}"
-        text += f"; change {signed(change, 0)} steps" if change else ""
-        claims.append(
-            [f"{title} makes copying come earlier", FAILS if lost else below_zero(change and change["interval"]), text]
-        )
-        text = f"change of the final exact match {signed(final)}, at hex16 {signed(hex16)}"
-        claims.append([f"{title} improves the final accuracy", above_zero(final["interval"]), text])
+    """Copying and the validation loss with attention dropout, with weight decay, and without, over update steps."""
+    draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
+    found, claims = {}, []
+    for name, title in {"dropout0.1": "attention dropout of 10%", "decay0.1": "weight decay of 0.1"}.items():
+        pairs = list(zip(data["base"], data[name], strict=False))
+        found[name] = {}
+        for by, column, threshold in scale.each_onset():
+            starts = [[onset(rows, threshold, column) for rows in pair] for pair in pairs]
+            claim, change = earlier(starts, pairs, shared.every(data))
+            found[name][f"onset{by}"] = [b for _, b in starts]
+            found[name][f"onset_change{by}"] = change
+            claims.append([f"{title} makes copying come earlier{by}", *claim])
+        final, hex16 = (found[name].setdefault(column, difference(column, pairs)) for column in (scale.copying, HEX))
+        claims.append([f"{title} improves the final accuracy", above_zero(final["interval"]),
+                       f"change of the final accuracy {signed(final)}, at hex16 {signed(hex16)}"])  # fmt: skip
     return found | {"claims": claims}
 
 
+def earlier(starts, pairs, step: float):
+    """-> ([verdict, text], the change of onset) from the onsets of each pair, without a treatment and with it."""
+    both = [b - a for a, b in starts if None not in (a, b)]
+    change = summary(both, rounding_of_a_difference(step)) if both else None
+    lost = any(b is None for _, b in starts) and not any(a is None for a, _ in starts)
+    without, treated = zip(*pairs, strict=True)
+    text = f"onset at {onset_text([b for _, b in starts], treated)}; without at {onset_text([a for a, _ in starts], without)}"
+    text += f"; change {signed(change, 0)} steps" if change else ""
+    return [FAILS if lost else below_zero(change and change["interval"]), text], change
+
+
+@figure("f", "Batch x context", shared.grid)
 def figure_f(data, scale, file):
-    batches, contexts = scale.grid
-    cells = {(b, c): onsets(data[f"batch{b}-context{c}"], scale) for b in batches for c in contexts}
-    figure, (left, right) = panels(2)
-    middle = {x: np.median([np.inf if o is None else o for o in starts]) for x, starts in cells.items()}
+    """The median step of onset, and the median number of training tokens before it, by batch size and context."""
+    cells = [(batch, context) for batch in scale.grid[0] for context in scale.grid[1]]
+    medians = [np.median([np.inf if o is None else o for o in onsets(seeds, scale)]) for seeds in data.values()]
+    middle = dict(zip(cells, medians, strict=True))
+    picture, (left, right) = panels(2)
     for ax, unit, title in ((left, None, "onset, update steps"), (right, 1e6, "onset, millions of tokens")):
-        grid = [[middle[b, c] * (b * c / unit if unit else 1) for c in contexts] for b in batches]
-        heat(ax, np.where(np.isinf(grid), np.nan, grid), batches, contexts, text="{:.2f}" if unit else "{:.0f}")
+        values = [[middle[b, c] * (b * c / unit if unit else 1) for c in scale.grid[1]] for b in scale.grid[0]]
+        heat(ax, np.where(np.isinf(values), np.nan, values), *scale.grid, text="{:.2f}" if unit else "{:.0f}")
         ax.set(title=f"{title}, median of {scale.seeds} seeds", xlabel="context (tokens)", ylabel="batch (sequences)")
-    save(figure, file)
-
-    law, claims = exponents(cells), []
-    each = "; ".join(f"{b} x {c}: {said(o, data[f'batch{b}-context{c}'])}" for (b, c), o in cells.items())
-    for claim, at in (
-        ("onset comes at a constant number of steps (the paper: exponents 0 and 0)", 0.0),
-        ("onset comes at tokens ~ sqrt(batch x context) (Aoyama: exponents -0.5 and -0.5)", -0.5),
-    ):
-        inside = [low <= at <= high for low, high in intervals(law, cells)]
-        claims.append([claim, verdict([inside] if inside else [], all), law_of(law, "batch", "context")])
-    claims[0][2] += f"; onset by batch x context, at {each}"
-    return {"onset": {f"{b}x{c}": starts for (b, c), starts in cells.items()}, "fit": law, "claims": claims}
+    save(picture, file)
+    found, kept = laws(data, scale, cells, ["batch", "context"])
+    paper = "onset comes at a constant number of steps (the paper: exponents 0 and 0)"
+    aoyama = "onset comes at tokens ~ sqrt(batch x context) (Aoyama et al.: exponents -0.5 and -0.5)"
+    claims = law_claims(found, paper, lambda law: at_exponents(law, (0, 0)))
+    return kept | {"claims": claims + law_claims(found, aoyama, lambda law: at_exponents(law, (-0.5, -0.5)))}
 
 
+@figure("g", "Learning rate x steps", shared.rates)
 def figure_g(data, scale, file):
-    cells = {(r,): onsets(seeds, scale) for r, seeds in zip(scale.rates, data.values(), strict=True)}
-    law, steps = exponents(cells), [row["step"] for row in next(iter(data.values()))[0]]
-    figure, (left, right) = panels(2)
-    grid = [[np.mean([rows[i][COPY] for rows in seeds]) for i in range(len(steps))] for seeds in data.values()]
-    heat(left, np.array(grid), [f"{r:g}" for r in scale.rates], steps, scale=(0, 1))
-    left.set(title=f"exact match, mean of {scale.seeds} seeds", xlabel="update steps", ylabel="learning rate")
-    points(
-        right, [(r, o) for (r,), starts in cells.items() for o in starts if o is not None], law and law["exponents"][0], "rate"
-    )
+    """Copying by learning rate and update steps, the mean over seeds; and the onset of each seed, with the power law fitted."""
+    found, kept = laws(data, scale, [(rate,) for rate in scale.rates], ["rate"])
+    at = [row["step"] for row in next(iter(data.values()))[0]]
+    picture, (left, right) = panels(2)
+    values = [[np.mean([rows[i][scale.copying] for rows in seeds]) for i in range(len(at))] for seeds in data.values()]
+    heat(left, np.array(values), [f"{r:g}" for r in scale.rates], at, scale=(0, 1))
+    left.set(title="copying, mean over seeds", xlabel="update steps", ylabel="learning rate")
+    starts = [
+        (r, o) for r, seeds in zip(scale.rates, data.values(), strict=True) for o in onsets(seeds, scale) if o is not None
+    ]
+    points(right, starts, found[0][1] and found[0][1]["exponents"][0], "rate")
     right.set(title="onset of each seed", xlabel="learning rate", ylabel="update steps")
-    save(figure, file)
-
-    how = verdict(intervals(law, cells), lambda x: x[0] <= -1 <= x[1])
-    each = "; ".join(f"{r:g}: {said(cells[r,], seeds)}" for r, seeds in zip(scale.rates, data.values(), strict=True))
+    save(picture, file)
     claim = "open question 2: onset comes at a constant rate x steps (exponent -1)"
-    return {
-        "onset": {f"{r:g}": starts for (r,), starts in cells.items()}, "fit": law,
-        "claims": [[claim, how, f"onset by rate, at {each}; {law_of(law, 'rate')}"]],
-    }  # fmt: skip
+    return kept | {"claims": law_claims(found, claim, lambda law: at_exponents(law, (-1,)))}
 
 
+def more_treatments(scale):
+    return treatments(scale) | {"decay0.01": {"weight_decay": 0.01}}
+
+
+@figure("h", "What dropout and decay do to copying and to loss", more_treatments)
 def figure_h(data, scale, file):
-    names = {COPY: "final exact match", "val_loss_repeated": "loss on repeated tokens", "val_loss_new": "loss on new tokens"}
-    treated = {name: list(zip(data["base"], seeds, strict=True)) for name, seeds in data.items() if name != "base"}
-    found = {treatment: {name: difference(name, pairs) for name in names} for treatment, pairs in treated.items()}
-    figure, axes = panels(3)
+    """The change against the base at the end of training: the mean over seeds, and its 95% interval."""
+    names = {scale.copying: "final accuracy", "val_loss_repeated": "loss on repeated tokens", "val_loss_new": "on new tokens"}
+    pairs = {name: list(zip(data["base"], seeds, strict=False)) for name, seeds in data.items() if name != "base"}
+    found = {treatment: {name: difference(name, pair) for name in names} for treatment, pair in pairs.items()}
+    draw_h(file, found, names)
+    return found | {"claims": [claim_h(found, names)]}
+
+
+def draw_h(file, found, names):
+    picture, axes = panels(3)
     for ax, (name, title) in zip(axes, names.items(), strict=True):
         bars(ax, {treatment: changes[name] for treatment, changes in found.items()})
         ax.set(title=title, ylabel="change against base")
-    save(figure, file)
-
-    text = "; ".join(
-        f"{t}: " + ", ".join(f"{names[n]} {signed(x, 3)}" for n, x in changes.items()) for t, changes in found.items()
-    )
-    return found | {"claims": [["open question 3: what dropout and decay do to copying and to loss, apart", TOLD, text]]}
+    save(picture, file)
 
 
+def claim_h(found, names):
+    changes = {t: ", ".join(f"{names[n]} {signed(x, 3)}" for n, x in of.items()) for t, of in found.items()}
+    text = "; ".join(f"{treatment}: {change}" for treatment, change in changes.items())
+    return ["open question 3: what dropout and decay do to copying and to loss, separately", TOLD, text]
+
+
+@figure("i", "The ladder of k", shared.base)
 def figure_i(data, scale, file):
+    """Left: whether the model uses the k-th last token, at hex16. Right: copying at hex16; dotted, the k-gram baselines."""
     (seeds,) = data.values()
-    figure, (left, right) = panels(2)
+    picture, (left, right) = panels(2)
     ladder = [[[{"step": r["step"], "use": r["uses_hex16"][k]} for r in rows] for rows in seeds] for k in range(4)]
     for k, runs in enumerate(ladder, 1):
-        bands(left, {f"token {k} back": runs}, "use")
-    left.set(title="hex16: the model goes by ...", xlabel="update steps", ylabel="0: by chance, 1: always", ylim=(-0.2, 1.08))
-    bands(right, {"exact match": seeds}, HEX)
+        lines(left, {f"k = {k}": runs}, "use")
+    left.set(
+        title="hex16: use of the k-th last token", xlabel="update steps", ylabel="0: by chance, 1: always", ylim=(-0.2, 1.08)
+    )
+    lines(right, {"all six tokens": seeds}, HEX)
     for k, level in enumerate(seeds[0][-1]["ceiling_hex16"], 1):
         right.axhline(level, color="0.6", lw=0.8, ls=":")
         right.annotate(f"k = {k}", (1.01, level), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-    right.set(title="hex16, and readers of k tokens", xlabel="update steps", **ACCURACY)
-    save(figure, file)
+    shared.describe(right, HEX, "step")
+    save(picture, file)
 
     firsts = [[onset(ladder[k][seed], 0.5, "use") for k in range(4)] for seed in range(len(seeds))]
-    told = [[x for x in first if x is not None] for first in firsts]
-    how = verdict([x for x in told if len(x) > 1] if all(len(x) > 1 for x in told) else [], lambda x: x == sorted(set(x)))
-    text = "; ".join(f"seed {seed}: " + by(first, "k = {}", 1) for seed, first in enumerate(firsts))
+    climbed = [[x for x in first if x is not None] for first in firsts]
+    how = verdict([x for x in climbed if len(x) > 1] if all(len(x) > 1 for x in climbed) else [], lambda x: x == sorted(set(x)))
+    text = "; ".join(f"seed {seed}: {listed(first, 'k = {}', 1)}" for seed, first in enumerate(firsts))
     claim = "the surge at hex16 climbs k = 1, 2, 3, 4 one after the other"
-    return {
-        "first_step": firsts,
-        "claims": [[claim, how, f"first step of two that go by token k back in half of the cases: {text}"]],
-    }
+    return {"first_step": firsts, "claims": [[claim, how, f"first step at which the use of token k is one half: {text}"]]}
 
 
+@figure("j", "Other in-context tasks", shared.base)
 def figure_j(data, scale, file):
+    """Copying beside two other tasks that the context alone solves, over update steps."""
     (seeds,) = data.values()
-    names = {COPY: "copying, exact match", "recall": "recall, in order", "pairs": "key to value, in any order"}
-    figure, (ax,) = panels(1)
-    for name, label in names.items():
-        bands(ax, {label: seeds}, name)
+    names = {scale.copying: "copying", "recall": "recall, in order", "pairs": "recall of a value by its key"}
+    picture, (ax,) = panels(1)
+    for name, text in names.items():
+        lines(ax, {text: seeds}, name)
     ax.set(title="in-context tasks", xlabel="update steps", ylabel="accuracy", ylim=(-0.03, 1.05))
-    save(figure, file)
-
+    save(picture, file)
     found = {name: [onset(rows, scale.threshold, name) for rows in seeds] for name in names}
-    ends = {name: float(np.mean([at_the_end(rows, name) for rows in seeds])) for name in names}
-    text = "; ".join(
-        f"{label}: onset at {said(found[name], seeds)}, {ends[name]:.2f} at the end" for name, label in names.items()
-    )
-    claim = "open question 1: what else comes with copying"
-    return {"onset": found, "final": ends, "claims": [[claim, TOLD, text]]}
-
-
-DRAW = {
-    "a": (figure_a, "Loss and copying over tokens"),
-    "b": (figure_b, "Batch size: steps or tokens"),
-    "c": (figure_c, "Learning rate"),
-    "d": (figure_d, "Induction heads by layer"),
-    "e": (figure_e, "Attention dropout and weight decay"),
-    "f": (figure_f, "Batch x context"),
-    "g": (figure_g, "Learning rate x steps"),
-    "h": (figure_h, "What dropout and decay do to copying and to loss"),
-    "i": (figure_i, "The ladder of k"),
-    "j": (figure_j, "Other in-context tasks"),
-}
-
-
-def onsets(seeds, scale) -> list[float | None]:
-    return [onset(rows, scale.threshold) for rows in seeds]
-
-
-def verdict(cases: list, law) -> str:
-    """Whether the law holds of all cases; one that holds of some alone, or has none, cannot be told."""
-    found = [bool(law(case)) for case in cases]
-    return OPEN if not found or len(set(found)) > 1 else HOLDS if found[0] else FAILS
-
-
-def intervals(law, cells) -> list[list[float]]:
-    """Of the exponents of a law; [] where it tells nothing: more than a quarter of the runs, the late ones, had no onset."""
-    return law["intervals"] if law and 4 * law["never"] <= sum(map(len, cells.values())) else []
-
-
-def above_zero(pair) -> str:
-    return OPEN if not pair or pair[0] <= 0 <= pair[1] else HOLDS if pair[0] > 0 else FAILS
-
-
-def below_zero(pair) -> str:
-    return above_zero(pair and [-pair[1], -pair[0]])
-
-
-def said(starts, seeds) -> str:
-    """Steps of onset, in the order of seeds."""
-    last = seeds[0][-1]["step"]
-    return ", ".join(f"step {x:,}" if x is not None else f"none in {last:,} steps" for x in starts)
-
-
-def by(firsts, name, start) -> str:
-    return ", ".join(f"{name.format(i)} {'never' if x is None else f'{x:,}'}" for i, x in enumerate(firsts, start))
-
-
-def law_of(law, *names) -> str:
-    if law is None:
-        return "too few onsets to fit a law"
-    parts = [
-        f"{n}^{e:.2f} ({low:.2f} to {high:.2f})"
-        for n, e, (low, high) in zip(names, law["exponents"], law["intervals"], strict=True)
-    ]
-    return f"onset in steps ~ {' x '.join(parts)}" + (f", {law['never']} runs without onset left out" if law["never"] else "")
-
-
-def signed(change: dict, digits=2) -> str:
-    low, high = change["interval"]
-    return f"{change['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-
-
-def report(out: Path, name: str, scale):
-    """REPORT.md, of all figures whose JSON is there: for each claim whether it holds, and what was measured."""
-    lines = [
-        f"# What was measured at the scale `{name}`", "",
-        f"`python reproduce.py all --scale={name}`: {scale.config}, {scale.seeds} seeds a variant, values in their order.",
-        f"Onset: the first of two consecutive evaluations with an exact match of {scale.threshold:g} or more, full alphabet.",
-        "Intervals: 95%, by bootstrap over seeds.", "",
-        "| figure | claim | here | measured |", "|---|---|---|---|",
-    ]  # fmt: skip
-    there = {letter: title for letter, (_, title) in DRAW.items() if (out / f"{letter}.json").exists()}
-    for letter in there:
-        for claim, how, text in json.loads((out / f"{letter}.json").read_text())["claims"]:
-            lines.append(f"| {letter} | {claim} | **{how}** | {text} |")
-    for letter, title in there.items():
-        lines += ["", f"## {letter}. {title}", "", f"![{title}]({letter}.png)"]
-    (out / "REPORT.md").write_text("\n".join(lines) + "\n")
+    ends = {name: mean_end(seeds, name) for name in names}
+    text = "; ".join(f"{task}: onset at {onset_text(found[n], seeds)}, {ends[n]:.2f} at the end" for n, task in names.items())
+    return {"onset": found, "final": ends, "claims": [["open question 1: what else comes with copying", TOLD, text]]}

@@ -43,6 +43,11 @@ def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):
     return folder
 
 
+def heed_interrupts():
+    """For a child process: a shell starts its background jobs with SIGINT ignored, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def own_signal_handlers():
     """A run in this process takes SIGINT and SIGTERM over; the test session wants them back."""

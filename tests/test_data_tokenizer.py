@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import data.tokenizer_kinds as kinds
 from data.meta import load_meta
-from data.tokenizer import get_tokenizer, load_tokenizer, same_tokenizer, tokenizer_from_state, tokenizer_to_meta
+from data.tokenizer import get_tokenizer, load_tokenizer, tokenizer_from_state, tokenizer_to_meta
 from data.tokenizer_kinds import GPT2_PATTERN, HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken, _pieces
 from data.writer import Writer
 from errors import UserError
@@ -365,7 +365,8 @@ def prepared(folder, tokenizer):
 def test_a_prepared_folder_gives_its_vocabulary_back(tokenizer, tmp_path):
     files = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
     assert list(tokenizer_to_meta(tokenizer)[1]) == ([files[tokenizer.kind]] if tokenizer.kind in files else [])
-    assert same_tokenizer(load_tokenizer(prepared(tmp_path, tokenizer)).state(), tokenizer.state())
+    state = load_tokenizer(prepared(tmp_path, tokenizer)).state()
+    assert state | {"counts": None} == tokenizer.state() | {"counts": None}
 
 
 def test_a_folder_without_meta_gives_ids(tmp_path):
@@ -399,7 +400,6 @@ def test_counts_travel_with_the_tokenizer_and_are_none_where_unknown(tokenizer, 
     torch.save(counted.state(), tmp_path / "state.pt")
     again = tokenizer_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert np.array_equal(again.counts, expected) and again.state() == counted.state() != tokenizer.state()
-    assert same_tokenizer(counted.state(), tokenizer.state()) and not same_tokenizer(counted.state(), Ids(3).state())
     assert tokenizer_to_meta(counted) == tokenizer_to_meta(tokenizer)
     for wrong in ([], [1], "x", 7, [*expected.tolist()[:-1], 0.5], [-1, *expected.tolist()[1:]]):
         with pytest.raises(UserError, match="counts cannot be read"):

@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,10 +12,13 @@ import eval_copy
 from config import ROOT, Config
 from data import bins
 from data.tokenizer import Chars, load_tokenizer
+from errors import run_command
 from kernels import eager
+from measures import heads
+from measures.copying import predict
 from model import Llama, LlamaConfig
-from runtime import checkpoint, metrics
-from tests.conftest import write_dataset
+from runtime import checkpoint, distributed, metrics, plots
+from tests.conftest import heed_interrupts, write_dataset
 from tests.handbuilt import induction_model
 
 
@@ -43,7 +48,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(tmp_path, caps
     args = ["--samples=20", "--json", tmp_path / "s.json", "--plot", tmp_path / "p.png"]
     assert eval_copy.main([str(a) for a in (out, out / "ckpt.pt", *args, "--alphabet", "full", "4")]) == 0
     printed = capsys.readouterr().out
-    assert "4 sequences of 12+6 tokens, 4 of them asked, 20 samples: 80 queries" in printed
+    assert "4 sequences of 12 + 6 random tokens" in printed and "20 samples of 4 such questions" in printed
     scores = json.loads((tmp_path / "s.json").read_text())
     assert len(scores) == 2 and scores[0]["step"] == 3 and set(scores[0]["copy"]) == {"full", "4"}
     assert f"{scores[0]['copy']['4']['token']:.3f}" in printed
@@ -57,8 +62,17 @@ def test_each_checkpoint_of_a_run_is_measured_once(tmp_path, capsys):
     assert eval_copy.main([str(tmp_path), "--over_steps", "--samples=4"]) == 0
     rows = metrics.read(tmp_path / "measures.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 4] and len({row["questions_hex16"] for row in rows}) == 1
-    assert rows[0].keys() >= {"copy_exact_full", "uses_hex16", "ceiling_full", "score_mended", "recall", "pairs"}
+    assert rows[0].keys() >= {
+        "copy_exact_full",
+        "uses_hex16",
+        "ceiling_full",
+        "score_mended",
+        "recall",
+        "pairs",
+        "previous_max",
+    }
     save(tmp_path / "ckpt_6.pt", small_model(tokenizer), tokenizer, 6)
+    (tmp_path / "ckpt_best.pt").write_bytes((tmp_path / "ckpt_6.pt").read_bytes())  # a name that has no step
     capsys.readouterr()
     assert eval_copy.main([str(tmp_path), "--over_steps", "--samples=4"]) == 0
     assert capsys.readouterr().out.startswith("step 6: ") and metrics.read(tmp_path / "measures.jsonl")[:3] == rows
@@ -84,10 +98,10 @@ def test_without_its_induction_head_the_hand_built_model_does_not_copy(tmp_path,
     save(tmp_path / "ckpt.pt", model, tokenizer)
     assert eval_copy.main([str(tmp_path), "--samples=4", "--ablate=zero", "--json", str(tmp_path / "x.json")]) == 0
     ablation = json.loads((tmp_path / "x.json").read_text())[0]["ablation"]
-    assert ablation["top"][0] > 0.5 and ablation["top"][1] == 0 and "exact match without k heads" in capsys.readouterr().out
+    assert ablation["top"][0] > 0.5 and ablation["top"][1] == 0 and "Copying without k heads" in capsys.readouterr().out
 
 
-def test_the_prompt_is_gone_on_with(tmp_path):
+def test_the_prompt_is_continued(tmp_path):
     tokenizer = Chars(64)
     model, _, _ = induction_model(tokenizer.size, 256, tokenizer.bos)
     save(tmp_path / "ckpt.pt", model, tokenizer)
@@ -95,6 +109,130 @@ def test_the_prompt_is_gone_on_with(tmp_path):
     command = [sys.executable, "eval_copy.py", str(tmp_path / "ckpt.pt"), "--prompt", text]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(text + "ck brown fox jumps. the quick brown fox jumps.")
+
+
+def test_training_the_command_and_the_curves_over_steps_have_the_same_scores(tmp_path):
+    """One function computes them, at two levels of detail."""
+    tokenizer = Chars(20)
+    model = small_model(tokenizer)
+    save(tmp_path / "ckpt_3.pt", model, tokenizer)
+    save(tmp_path / "ckpt.pt", model, tokenizer)
+    logged = eval_copy.training_row(model, tokenizer, eval_copy.make_tests(tokenizer, 96, samples=5))
+    assert model.training and set(logged) == {
+        "copy_exact_full", "copy_token_full", "copy_exact_hex16", "copy_token_hex16", "induction_max", "previous_max"
+    }  # fmt: skip
+    assert eval_copy.main([str(tmp_path), "--over_steps", "--samples=5"]) == 0
+    (over_steps,) = metrics.read(tmp_path / "measures.jsonl")
+    result = eval_copy.evaluate(tmp_path, eval_copy.parse([str(tmp_path), "--samples=5"]))
+    for name in ("full", "hex16"):
+        assert logged[f"copy_token_{name}"] == over_steps[f"copy_token_{name}"] == result["copy"][name]["token"]
+    assert over_steps["induction"] == result["heads"]["induction"]
+    assert over_steps["induction_max"] == np.max(result["heads"]["induction"])  # 32 samples; during training 8
+    assert logged["induction_max"] == pytest.approx(over_steps["induction_max"], abs=0.05)
+
+
+def test_a_new_score_of_heads_takes_one_entry(tmp_path, capsys, monkeypatch):
+    tokenizer = Chars(20)
+    (tmp_path / "run").mkdir()
+    for name in ("ckpt", "ckpt_3"):
+        save(tmp_path / f"run/{name}.pt", small_model(tokenizer), tokenizer)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0, "tokens": 0, "val_loss": 3}\n')
+    drawn = []
+    monkeypatch.setattr(plots, "heat_map", lambda ax, scores, title: drawn.append(title))
+    entry = heads.Score("self: attention to itself", lambda p: p.diagonal(0), headline=True)
+    monkeypatch.setitem(heads.SCORES, "itself", entry)
+    args = ["--samples=2", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "s.json")]
+    assert eval_copy.main([str(tmp_path / "run"), *args]) == 0
+    assert "self: attention to itself" in capsys.readouterr().out and "self" in drawn
+    assert np.shape(json.loads((tmp_path / "s.json").read_text())[0]["heads"]["itself"]) == (2, 4)
+    assert eval_copy.main([str(tmp_path / "run"), "--over_steps", "--samples=2"]) == 0
+    assert np.shape(metrics.read(tmp_path / "run/measures.jsonl")[0]["itself"]) == (2, 4)
+    row = eval_copy.training_row(small_model(tokenizer), tokenizer, eval_copy.make_tests(tokenizer, 96, 2))
+    assert 0 < row["itself_max"] <= 1
+
+
+def test_held_out_text_is_a_default_alphabet_where_it_is_given(tmp_path, capsys):
+    data = write_dataset(tmp_path / "set", rows=400, length=97)
+    tokenizer = load_tokenizer(data)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    assert eval_copy.main([str(tmp_path), "--samples=4", f"--data={data}", "--json", str(tmp_path / "x.json")]) == 0
+    copy = json.loads((tmp_path / "x.json").read_text())[0]["copy"]
+    assert list(copy) == ["full", "hex16", "text"] and "text: passages of held-out text" in capsys.readouterr().out
+    text = np.fromfile(data / "val.bin", "<u2").astype(np.int64)
+    whole = " ".join(map(str, text))
+    args = eval_copy.parse([str(tmp_path), f"--data={data}"])
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_copy, "predict", lambda model, test: asked.append(test) or predict(model, test))
+        eval_copy.evaluate(tmp_path, args)
+    assert all(" ".join(map(str, passage)) in whole for sample in asked[2].sequences[:20] for passage in sample)
+
+
+def test_what_is_known_of_the_training_data_shows(tmp_path, capsys, monkeypatch):
+    tokenizer = Chars(300)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    original = eval_copy.tokenizer_from_state
+
+    def counted(state):
+        tokenizer = original(state)
+        tokenizer.counts = np.append(np.arange(300) ** 2, 10**5) * (np.arange(301) > 40)
+        return tokenizer
+
+    monkeypatch.setattr(eval_copy, "tokenizer_from_state", counted)
+    assert eval_copy.main([str(tmp_path), "--samples=100", "--json", str(tmp_path / "x.json")]) == 0
+    copy = json.loads((tmp_path / "x.json").read_text())[0]["copy"]
+    assert list(copy) == ["full", "hex16", "top128"] and copy["full"]["untrained"] == 41 and copy["top128"]["untrained"] == 0
+    assert "hardly trained (under 1 in 100,000 training tokens): 41 of full" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_device_that_is_named_is_made_current(tmp_path, monkeypatch):
+    """Triton launches on the current device, whatever device the tensors are on."""
+    tokenizer = Chars(20)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    current = []
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(name))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(eval_copy.kernels, "choose", lambda *_: eager)
+    monkeypatch.setattr(Llama, "to", lambda self, device: self)
+    eval_copy.load(tmp_path, "cuda:1")
+    assert current == [torch.device("cuda", 1)]
+
+
+def test_an_interrupt_is_one_line_and_status_130(tmp_path):
+    tokenizer = Chars(20)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    command = [sys.executable, "eval_copy.py", *[str(tmp_path)] * 9, "--samples=500"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
+    assert child.stdout.readline()  # of the first table: eight are to come
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60)[1] == "interrupted\n" and child.returncode == 130
+
+
+def test_no_output_replaces_a_file_of_another_kind(tmp_path, capsys, monkeypatch):
+    tokenizer = Chars(20)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.png").write_text("not a picture")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(eval_copy, "evaluate", lambda *_: pytest.fail("evaluated before the outputs were checked"))
+    for option in (
+        f"--json={tmp_path / 'ckpt.pt'}", f"--json={tmp_path / 'config.json'}", f"--plot={tmp_path / 'notes.png'}",
+        f"--json={tmp_path}", f"--json={tmp_path / 'no/x.json'}", f"--plot={tmp_path / 'no/x.png'}", "--plot=x.xyz", "--plot=x",
+    ):  # fmt: skip
+        assert run_command(eval_copy.main, [str(tmp_path), option]) == 2
+        error = capsys.readouterr().err
+        assert option.split("=")[1] in error and len(error.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_outputs_of_this_command_are_replaced(tmp_path):
+    tokenizer = Chars(20)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    for name in ("x.png", "x.svg", "x.pdf"):
+        outputs = [f"--json={tmp_path / 'x.json'}", f"--plot={tmp_path / name}"]
+        for _ in range(2):
+            assert eval_copy.main([str(tmp_path), "--samples=1", *outputs]) == 0
 
 
 def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
@@ -105,6 +243,9 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
     state = checkpoint.load(tmp_path / "ckpt.pt")
     checkpoint.save(tmp_path / "wide.pt", state | {"config": state["config"] | {"dim": 64}})
     checkpoint.save(tmp_path / "strange.pt", state | {"config": state["config"] | {"dims": 64}})
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run/ckpt.pt", small_model(tokenizer), tokenizer)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "to\n{"step": 2}\n')
     cases = [
         (["none.pt"], "none.pt: no such checkpoint"),
         (["text.pt"], "text.pt: not a checkpoint"),
@@ -116,8 +257,13 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["ckpt.pt", "--prompt", "A"], "character 'A'"),
         (["ckpt.pt", "--prompt", "a" * 96], "97 tokens"),
         (["ckpt.pt", "--samples=1", "--json", str(tmp_path / "no/x.json")], "no/x.json"),
+        (["ckpt.pt", "--alphabet", "top4"], "alphabet=top4: how often each id occurs in the training data is not known"),
+        (["ckpt.pt", "--alphabet", "text"], "pass --data=FOLDER"),
+        (["ckpt.pt", "--context=97"], "--context=97: this model's context is 96"),
+        (["ckpt.pt", "--samples=0"], "--samples=0: expected 1 or more"),
+        (["run", "--plot", str(tmp_path / "x.png")], "metrics.jsonl"),
     ]
     for (name, *args), words in cases:
-        assert eval_copy.main([str(tmp_path / name), *args]) == 2
+        assert run_command(eval_copy.main, [str(tmp_path / name), *args]) == 2
         error = capsys.readouterr().err
         assert words in error and len(error.strip().splitlines()) == 1

@@ -168,7 +168,7 @@ def a_checkpoint(rng, settings, folder):
     else:
         damaged(rng, out / "ckpt.pt")
     if evaluate:
-        return eval_copy.main, [str(out), "--samples=1", "--device=cpu"]
+        return lambda argv: run_command(eval_copy.main, argv), [str(out), "--samples=1", "--device=cpu"]
     return train_status, flags(settings | {"out_dir": str(out), "max_steps": 2})
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from errors import UserError
-from measures import context, heads
+from measures import batching, context, heads
 from tests.handbuilt import induction_model, uniform_model
 from tests.test_measures_heads import LETTERS, small_model
 
@@ -23,8 +23,8 @@ def test_position_losses_equal_one_question_at_a_time(monkeypatch):
     losses = context.position_losses(model, windows)
     assert losses.shape == (12,) and losses.dtype == np.float64
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
-    monkeypatch.setattr(context, "PASS", 13)  # one window a pass, 5 rows of the head at once
-    monkeypatch.setattr(context, "ROWS", 5)
+    monkeypatch.setattr(batching, "TOKENS", 13)  # one window a pass, 5 rows of the head at once
+    monkeypatch.setattr(batching, "ROWS", 5)
     np.testing.assert_allclose(context.position_losses(model, windows), losses, rtol=0, atol=1e-6)
 
 
@@ -84,8 +84,8 @@ def test_associative_recall_equals_one_question_at_a_time(bos, seq_len, monkeypa
             ranks.append((logits > logits[right]).sum().item())
     found = context.associative_recall(model, LETTERS, bos, samples=5)
     assert found == pytest.approx({"accuracy": np.mean(hits), "rank": np.mean(ranks)}, abs=1e-6)
-    monkeypatch.setattr(context, "PASS", 2 * s)  # one sample a pass, 7 rows of the head at once
-    monkeypatch.setattr(context, "ROWS", 7)
+    monkeypatch.setattr(batching, "TOKENS", 2 * s)  # one sample a pass, 7 rows of the head at once
+    monkeypatch.setattr(batching, "ROWS", 7)
     assert context.associative_recall(model, LETTERS, bos, samples=5) == pytest.approx(found, abs=1e-6)
 
 
@@ -113,3 +113,16 @@ def test_a_context_too_short_is_named():
         context.induction_loss(small_model(seq_len=5), LETTERS, 39)
     with pytest.raises(UserError, match="seq_len=4: too short"):
         context.associative_recall(small_model(seq_len=4), LETTERS, 39)
+
+
+def test_nothing_is_float64_on_the_device(monkeypatch):
+    """Apple's GPUs have no float64: Tensor.double raises there."""
+    model = small_model()
+
+    def double(tensor):
+        raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    expected = context.key_values(model, LETTERS, 39)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    assert context.key_values(model, LETTERS, 39) == expected
+    assert 0 <= context.associative_recall(model, LETTERS, 39)["accuracy"] <= 1

@@ -1,0 +1,91 @@
+"""The k-gram baseline of the copy test: what copying by the last k tokens alone would score, and whether the model does so.
+
+The baseline finds all earlier places of the last k tokens and continues with the token that followed one of them, each place as
+likely as the other. Induction heads of the textbook kind do so for k = 1, which fails where every token has occurred often.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from measures.copying import PREFIX, SUFFIX, CopyTest, Predictions
+
+K = (1, 2, 3, 4)
+TELLING = 10  # tokens by which the baselines of k and k - 1 must differ before the model's use of token k is told
+
+
+def numbered(test: CopyTest) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Numbers the distinct tokens of each sample from 0 -> its context in these numbers (samples, T), and for each sample the
+    token ids by number.
+    """
+    found = [np.unique(row, return_inverse=True) for row in test.context()]
+    return np.stack([numbers for _, numbers in found]), [ids for ids, _ in found]
+
+
+def follower_counts(test: CopyTest) -> Iterator[np.ndarray]:
+    """For each sequence asked, and each of its six suffix tokens in turn, yields how often each token of the sample (numbered
+    as numbered(test) does) followed the last k tokens before: (5, samples, tokens) counts for k = 0, 1, 2, 3, 4.
+    """
+    context = numbered(test)[0]  # (samples, T)
+    samples, T = context.shape
+    each = T // test.sequences.shape[1]
+    size = context.max() + 1
+    sample = np.arange(samples)[:, None]
+    for i in test.asked:
+        whole = np.concatenate((context, context[:, i * each : i * each + PREFIX + SUFFIX]), axis=1)
+        for end in range(whole.shape[1] - SUFFIX, whole.shape[1]):  # predict token `end` from those before it
+            match = np.ones((samples, end), dtype=bool)  # whether the last k tokens stand right before place j
+            counts = []
+            for k in (0, *K):
+                if k:
+                    match[:, :k] = False
+                    match[:, k:] &= whole[:, : end - k] == whole[:, end - k, None]
+                at = np.broadcast_to(sample, match.shape)[match] * size + whole[:, :end][match]
+                counts.append(np.bincount(at, minlength=samples * size).reshape(samples, size))
+            yield np.stack(counts)
+
+
+def _predicted_numbers(ids: list[np.ndarray], tokens: np.ndarray, missing: int) -> np.ndarray:
+    """Predicted token ids (asked, samples, 6) as numbers of their sample; `missing` for those that the sample lacks."""
+    columns = []
+    for s, known in enumerate(ids):
+        place = np.searchsorted(known, tokens[:, s]).clip(max=len(known) - 1)
+        columns.append(np.where(known[place] == tokens[:, s], place, missing))
+    return np.stack(columns, axis=1)
+
+
+def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
+    """Compares a model's predictions with the baselines of k = 1 to 4.
+
+    ceiling: the exact match that the baseline is expected to score, by k.
+    uses: whether the model uses the k-th last token, by k, measured where the baseline of k has fewer tokens to choose from
+    than that of k - 1. Of the model's predictions that the latter may make, how many more than by chance may the former make:
+    0 for a model that goes by k - 1 tokens, 1 for one that goes by k or more. None where too few places tell.
+    like: the largest k up to which all uses are above one half.
+    """
+    context, ids = numbered(test)
+    samples, T = context.shape
+    each = T // test.sequences.shape[1]
+    predicted = _predicted_numbers(ids, predictions.tokens, missing=context.max() + 1)
+    row = np.arange(samples)
+    chance = np.ones((len(test.asked), len(K), samples))  # that the baseline gets all six right
+    hits = np.zeros(len(K))
+    by_chance = np.zeros(len(K))
+    places = np.zeros(len(K))
+    for step, counts in enumerate(follower_counts(test)):
+        a, t = divmod(step, SUFFIX)
+        right = context[:, test.asked[a] * each + PREFIX + t]
+        share = counts / counts.sum(-1, keepdims=True)  # (5, samples, tokens)
+        chance[a] *= share[1:, row, right]
+        possible = np.pad(counts > 0, ((0, 0), (0, 0), (0, 1)))[:, row, predicted[a, :, t]]  # (5, samples)
+        kept = np.where(counts[1:] > 0, share[:-1], 0).sum(-1)  # (4, samples): of the followers of k - 1, those of k
+        telling = (kept < 1) & possible[:-1]
+        places += telling.sum(1)
+        hits += (telling & possible[1:]).sum(1)
+        by_chance += np.where(telling, kept, 0).sum(1)
+    uses = [(h - c) / (p - c) if p - c >= TELLING else None for h, c, p in zip(hits, by_chance, places, strict=True)]
+    return {
+        "ceiling": dict(zip(K, chance.mean((0, 2)).tolist(), strict=True)),
+        "uses": {k: None if u is None else float(u) for k, u in zip(K, uses, strict=True)},
+        "like": next((k - 1 for k, u in zip(K, uses, strict=True) if u is None or u < 0.5), K[-1]),
+    }

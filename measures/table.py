@@ -1,0 +1,102 @@
+"""The scores of one model as a table for people to read."""
+
+import numpy as np
+
+from measures.copying import PREFIX, SUFFIX
+from measures.heads import SCORES
+from measures.kgrams import K
+
+WIDTH = 48  # of the first column
+
+
+def table(result: dict) -> str:
+    """Formats what eval_copy.evaluate returns."""
+    about = f"{result['path']}: step {result['step']:,}, {result['parameters']:,} parameters, context {result['seq_len']:,}"
+    parts = [[about], _copying(result["copy"]), _kgrams(result["copy"]), _heads(result["heads"]), _context(result)]
+    if "ablation" in result:
+        parts.append(_ablation(result["ablation"]))
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _row(title: str, cells) -> str:
+    return f"  {title:<{WIDTH - 2}}" + "   ".join(cells)
+
+
+def _copying(copy: dict) -> list[str]:
+    c = next(iter(copy.values()))
+    asked = len(c["exact_by_sequence"])
+    between = "" if c["separator"] is None else ", a separator after each"
+    lines = [
+        f"Copying: the model reads {c['sequences']} sequences of {PREFIX} + {SUFFIX} random tokens{between}, then {PREFIX} of",
+        f"one of them again, and must continue with the other {SUFFIX}. {c['samples']} samples of {asked} such questions.",
+        f"  {'alphabet':<19}{f'all {SUFFIX} right':>11}{'(95% interval)':>18}    each   first    loss     new   questions",
+    ]
+    for name, c in copy.items():
+        title = f"{name} ({c['ids']:,} ids)"
+        interval = "({:.3f} to {:.3f})".format(*c["interval"])
+        numbers = "".join(f"{x:8.3f}" for x in (c["token"], c["first"], -c["logprob"], -c["logprob_unseen"]))
+        lines.append(f"  {title:<19}{c['exact']:11.3f}{interval:>18}{numbers}   {c['questions']}")
+    lines += [
+        f"  each, first: share of the {SUFFIX} tokens that is right, of the first of them; loss: nats per token; new: the loss",
+        "  when the sequence occurred first and could not be copied; questions: equal if models were asked the same",
+    ]
+    if untrained := [f"{c['untrained']:,} of {name}" for name, c in copy.items() if c["untrained"]]:
+        lines.append(f"  hardly trained (under 1 in 100,000 training tokens): {', '.join(untrained)}")
+    if "text" in copy:
+        lines.append(
+            f"  text: passages of held-out text; {copy['text']['token_unseen']:.3f} of their tokens are right when new"
+        )
+    return lines
+
+
+def _kgrams(copy: dict) -> list[str]:
+    header = "".join(f"  k = {k}" for k in K)
+    lines = [
+        "k-gram baseline: continues with a token that followed the last k tokens before. Use: whether the model goes by the",
+        "k-th last token (0: no more than by chance; 1: always), and the baseline that it resembles.",
+        f"  {'alphabet':<19}{f'all {SUFFIX} right, baseline':<31}use by the model",
+        f"  {'':<17}{header:<31}{header}   like",
+    ]
+    for name, c in copy.items():
+        ceilings = "".join(f"{c['kgram']['ceiling'][k]:7.3f}" for k in K)
+        uses = "".join(f"{'-' if (use := c['kgram']['uses'][k]) is None else f'{use:.2f}':>7}" for k in K)
+        lines.append(f"  {name:<17}{ceilings:<31}{uses}   k = {c['kgram']['like']}")
+    return lines
+
+
+def _heads(heads: dict) -> list[str]:
+    lines = ["Attention heads: the three with the highest score"]
+    for name, score in SCORES.items():
+        if score.title and name in heads:
+            values = np.array(heads[name])
+            best = np.dstack(np.unravel_index(np.argsort(-values, axis=None)[:3], values.shape))[0]
+            lines.append(_row(score.title, (f"layer {i} head {j}: {values[i, j]:.3f}" for i, j in best)))
+    return lines
+
+
+def _context(result: dict) -> list[str]:
+    losses, recall = result["context"]["induction_loss"], result["context"]["recall"]
+    lines = [
+        "Use of the context",
+        _row("loss on random tokens; when they occur again", [f"{losses['first']:.3f}; {losses['second']:.3f}"]),
+        _row(
+            "recall of the next token, in order", [f"{recall['accuracy']:.3f}; mean rank of the right one {recall['rank']:.1f}"]
+        ),
+        _row("recall of a value by its key, in any order", [f"{result['context']['pairs']:.3f}"]),
+    ]
+    if positions := result.get("positions"):
+        loss = positions["loss"]
+        at = [i for i in (1, 10, 50, 100, 500, 1000, len(loss)) if i <= len(loss)]
+        lines.append(_row("loss on held-out text, by position", (f"{i:,}: {loss[i - 1]:.3f}" for i in at)))
+        late = [f"({n}) - (50): {x:+.3f}" for n in (500, 1000) if (x := positions[f"icl_50_{n}"]) is not None]
+        lines.append(_row("in-context learning score", late or ["none: it takes a context of 500"]))
+    return lines
+
+
+def _ablation(a: dict) -> list[str]:
+    return [
+        f"Copying without k heads, all {SUFFIX} right",
+        _row("", (f"k = {k:<2}" for k in a["k"])),
+        _row("the k highest by induction score I", (f"{x:.3f} " for x in a["top"])),
+        _row("k others of the same layers, mean", (f"{np.mean(x):.3f} " if x else "-     " for x in a["random"])),
+    ]

@@ -1,0 +1,52 @@
+"""What the rows of a run tell: when something forms, and where it ends."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from runtime import metrics
+
+# What forms on the way to copying, the columns that show it (the first that a run has), and the level at which it has formed.
+FORMED = {
+    "previous-token head": (("previous_max",), 0.5),
+    "induction head": (("induction_max",), 0.3),
+    "copying": (("copy_token_top128", "copy_token_full"), 0.3),
+}
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl or measures.jsonl. Raises UserError where one is damaged."""
+    try:
+        rows = metrics.read(path)
+    except UserError:
+        raise
+    except ValueError:
+        rows = [None]
+    if not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise UserError(f"{path}: one of its lines is damaged; remove that line")
+    return rows
+
+
+def onset(rows: list[dict], threshold: float, name: str, axis: str = "step") -> float | None:
+    """Where on `axis` the rows, in order, first have `name` at or above the threshold twice in a row (once may be chance); None
+    where they never do.
+    """
+    points = [(row[axis], row[name]) for row in rows if row.get(name) is not None]
+    return next((x for (x, y), (_, after) in itertools.pairwise(points) if min(y, after) >= threshold), None)
+
+
+def at_the_end(rows: list[dict], name: str) -> float:
+    """The mean of `name` over the last fifth of the rows that have it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return float(np.mean(values[-max(len(values) // 5, 1) :]))
+
+
+def formed(rows: list[dict]) -> dict[str, float]:
+    """After how many tokens each of FORMED had formed, for those that did."""
+    found = {}
+    for title, (names, level) in FORMED.items():
+        name = next((name for name in names if any(name in row for row in rows)), names[-1])
+        found[title] = onset(rows, level, name, "tokens")
+    return {title: tokens for title, tokens in found.items() if tokens is not None}
