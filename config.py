@@ -121,7 +121,9 @@ class Config(ModelConfig):
     device: str = setting("auto", "auto, cuda, mps or cpu")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "of activations; auto: bf16 on CUDA, else fp32")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
-    kernels: Literal["auto", "fused", "eager"] = setting("auto", "Triton or plain torch; auto: fused on CUDA, else eager")
+    kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
+        "auto", "op set: Triton, PyTorch's fused kernels or the definitions; auto: fused where Triton fits, else sdpa"
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -218,7 +218,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE.png", help="draw the heads, and a run directory's curves over steps")
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the scores: text for the model to go on with")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--kernels", choices=("auto", "fused", "eager"), default="auto", help="op set the model runs on")
+    parser.add_argument("--kernels", choices=("auto", "fused", "sdpa", "eager"), default="auto", help="op set of the model")
     args = parser.parse_args(argv)
     if args.samples < 1:
         parser.error(f"--samples={args.samples}: expected 1 or more")
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
             plots.draw(args.plot, results)
             print(f"picture: {args.plot}")
         return 0
-    except (UserError, kernels.KernelError, OSError) as e:
+    except (UserError, OSError) as e:
         problem = str(e)
     except (RuntimeError, MemoryError) as e:
         if not distributed.is_out_of_memory(e):

@@ -412,7 +412,7 @@ def main(config: Config) -> int:
     try:
         world = distributed.start(config)
         return train(config, world)
-    except (UserError, kernels.KernelError) as e:
+    except UserError as e:
         problem, status = str(e), 2
     except RunFailed as e:
         problem, status = str(e), 4

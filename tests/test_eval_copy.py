@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import eval_copy
-from config import ROOT, Config
+from config import ROOT, Config, ModelConfig
 from data import bins
 from data.tokenizer import Chars, load_tokenizer
 from kernels import eager
-from model import Llama, LlamaConfig
+from model import Llama
 from runtime import checkpoint, metrics
 from tests.conftest import write_dataset
 from tests.handbuilt import induction_model
@@ -19,7 +19,7 @@ from tests.handbuilt import induction_model
 
 def small_model(tokenizer, seq_len=96, seed=0):
     torch.manual_seed(seed)
-    shape = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=tokenizer.size, seq_len=seq_len)
+    shape = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=tokenizer.size, seq_len=seq_len)
     model = Llama(shape, eager).eval()
     with torch.no_grad():
         for p in model.parameters():

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_copy
-from config import ROOT, Config
+from config import ROOT, Config, ModelConfig
 from data.tokenizer import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
 from errors import UserError
 from hf import export
 from hf import folder as huggingface
 from kernels import eager
-from model import Llama, LlamaConfig
+from model import Llama
 from runtime import checkpoint
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks
 
@@ -44,7 +44,7 @@ def transformers():
 def saved(path, tokenizer, step=7, seed=0, **shape):
     """A checkpoint of a model whose weights are large enough for the logits to differ; returns the model."""
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(**SHAPE | shape | {"vocab_size": tokenizer.size}), eager).eval()
+    model = Llama(ModelConfig(**SHAPE | shape | {"vocab_size": tokenizer.size}), eager).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5) if p.dim() > 1 else p.add_(torch.randn_like(p) / 4)
@@ -89,7 +89,7 @@ def test_transformers_gives_the_logits_of_what_is_exported(transformers, tmp_pat
 @torch.no_grad()
 def test_what_transformers_saves_is_read_to_the_same_logits(transformers, tmp_path, shape, shard):
     torch.manual_seed(0)
-    c = LlamaConfig(**shape | {"vocab_size": 257})
+    c = ModelConfig(**shape | {"vocab_size": 257})
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     names = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items() if ours != "rope_theta"}
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**names, rope_parameters=rope, initializer_range=0.1))
