@@ -66,8 +66,8 @@ def test_each_kernel_of_a_step_has_its_part():
     for name, part in {
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment": "GEMMs",
         "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_TNN": "GEMMs",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": "optimiser",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType::L2>>": "optimiser",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": "optimizer",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType::L2>>": "optimizer",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x64": "attention",
         "triton_poi_fused__to_copy_add_mul_0": "memory-bound",
         "Memcpy HtoD (Pinned -> Device)": "data",
@@ -76,7 +76,7 @@ def test_each_kernel_of_a_step_has_its_part():
 
 
 @pytest.mark.parametrize("who", [training.OURS, "plain"])
-def test_a_contender_takes_its_turns_and_ends_with_its_row(who, monkeypatch, capsys):
+def test_a_model_takes_its_turns_and_ends_with_its_row(who, monkeypatch, capsys):
     monkeypatch.setattr(training, "SECONDS", 0.01)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
     training.take_turns(load(ARGV), who)
@@ -86,7 +86,7 @@ def test_a_contender_takes_its_turns_and_ends_with_its_row(who, monkeypatch, cap
     if who == training.OURS:
         parts = row["parts_ms"]
         assert parts.keys() == {*training.PARTS, training.MEMORY_BOUND, training.IDLE}
-        assert all(parts[name] > 0 for name in ("optimiser", "cross-entropy", "attention", "GEMMs", "memory-bound"))
+        assert all(parts[name] > 0 for name in ("optimizer", "cross-entropy", "attention", "GEMMs", "memory-bound"))
 
 
 def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
