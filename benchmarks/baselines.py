@@ -31,12 +31,12 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2 = (nn.Parameter(torch.ones(c.dim)) for _ in range(2))
 
     def forward(self, x, cos, sin):
-        h = F.rms_norm(x, x.shape[-1:], self.norm1, self.eps)
+        h = F.rms_norm(x, x.shape[-1:], self.norm1.to(x.dtype), self.eps)
         q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, Dh)
         how = {"is_causal": True, "dropout_p": self.dropout if self.training else 0.0, "enable_gqa": k.shape[1] != q.shape[1]}
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, **how)
         x = x + self.o(y.transpose(1, 2).flatten(2))
-        h = F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)
+        h = F.rms_norm(x, x.shape[-1:], self.norm2.to(x.dtype), self.eps)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
@@ -66,7 +66,7 @@ class PlainLlama(nn.Module):
         with sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext():
             for block in self.blocks:
                 x = block(x, self.cos, self.sin)
-        x = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+        x = F.rms_norm(x, x.shape[-1:], self.norm.to(x.dtype), self.eps)
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 

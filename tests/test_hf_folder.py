@@ -331,6 +331,8 @@ def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsy
     for source, target in ((path, out), (path, tmp_path / "ckpt.pt"), ("nowhere", tmp_path / "x"), (out, tmp_path / "x")):
         assert run_command(export.main, [str(source), str(target)]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert run_command(export.main, [str(out), str(tmp_path / "x")]) == 2
+    assert "already a Hugging Face folder; hf.export takes a checkpoint" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == before and list((tmp_path / "new").iterdir()) == [out]
     state = checkpoint.load(path)
     state["model"]["norm"] = torch.ones(3)
