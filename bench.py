@@ -1,13 +1,13 @@
-"""The numbers in the README come from here.
+"""Measures every speed that the documentation quotes.
 
     python bench.py train [CONFIG.py ...] [--name=value ...]   training steps, against other models of the same shape
     python bench.py copy [CONFIG.py ...] [--name=value ...]    seconds, steps and tokens until a model copies
-    python bench.py kernels                 each fused op on a GPU, against eager, torch.compile, SDPA and Liger
-    python bench.py tiles                   each fused op on a GPU, under other block sizes, warps and stages
+    python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile, SDPA and Liger
+    python bench.py tiles                   each Triton op on a GPU, under other tile sizes, warps and stages
     python bench.py data                    data.prepare on this Python's standard library, against encode() in a bare loop
 
-On a GPU `train` takes llama162m at a batch of 64 and `copy` copyrun; on a CPU tiny and pycode, and tiny. --name=value changes a
-setting. Modules in benchmarks/ say what is measured and how.
+On a GPU `train` takes llama162m at a batch of 64 and `copy` copyrun; on a CPU tiny and pycode, and tiny. --name=value changes
+a setting. The modules in benchmarks/ say what is measured and how.
 """
 
 import argparse
@@ -15,11 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import copying, ops, preparing, training
-from benchmarks.machine import machine
 from config import ROOT, Parser, load
-from errors import UserError
-from runtime import distributed
+from errors import run_command
 
 CONFIGS = {
     ("train", "cuda"): ["configs/llama162m.py"],
@@ -29,19 +26,22 @@ CONFIGS = {
 }
 
 
-def each_config(what: str, args, settings: list[str]) -> dict:
-    """{config name: result} of `train` or `copy`, said as it comes."""
+def each_config(args, settings: list[str]) -> dict:
+    """Returns {config name: result} of `train` or `copy`, printed as they come."""
+    from benchmarks import copying, training
+    from runtime import distributed
+
     kind = "cuda" if distributed.pick_device(load(settings).device).type == "cuda" else "cpu"
-    batch = ["--batch_size=64"] if what == "train" and kind == "cuda" else []
+    batch = ["--batch_size=64"] if args.what == "train" and kind == "cuda" else []
     settings = [*batch, *settings, f"--device={kind}"]
-    configs = args.configs or [str(ROOT / name) for name in CONFIGS[what, kind]]
+    configs = args.configs or [str(ROOT / name) for name in CONFIGS[args.what, kind]]
     for config in configs:
-        load([config, *settings])  # a mistake shows before anything is timed
+        load([config, *settings])  # a mistake is reported before anything is timed
     result = {}
     for config in configs:
         argv, name = [config, *settings], Path(config).stem
         print(" ".join([name, *settings]), flush=True)
-        if what == "copy":
+        if args.what == "copy":
             result[name] = {"settings": settings, "seeds": copying.copy(argv, args.until, args.rounds or 3)}
         else:
             result[name] = {"settings": settings} | training.compare(argv, args.rounds or 10)
@@ -49,40 +49,36 @@ def each_config(what: str, args, settings: list[str]) -> dict:
     return result
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = Parser(prog="python bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("train", "copy", "kernels", "tiles", "data"))
-    parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="of train and copy (default: by the device)")
-    parser.add_argument("--rounds", type=int, help="of train and data; of copy the seeds (default: 10, of data 5, of copy 3)")
-    parser.add_argument(
-        "--until", type=float, choices=copying.LEVELS, default=max(copying.LEVELS), help="of copy: the level (0.9)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="for train and copy (default: by the device)")
+    parser.add_argument("--rounds", type=int, help="for train (10) and data (5); for copy, the number of seeds (3)")
+    parser.add_argument("--until", type=float, choices=(0.5, 0.9), default=0.9, help="for copy: the exact match to reach (0.9)")
+    parser.add_argument("--json", metavar="FILE", help="write the result to this file too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args, settings = parser.parse_known_args()
+    args, settings = parser.parse_known_args(argv)
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds={args.rounds}: must be at least 1")
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"--json={args.json}: no such folder to write it to")
-    try:
-        if args.what in ("kernels", "tiles"):
-            return ops.main(args.what)
-        if args.one:
-            training.take_turns(load([*args.configs, *settings]), args.one)
-            return 0
-        about = machine()  # before the figures: the commit that they are of
-        if args.what == "data":
-            result = preparing.prepare_rates(args.rounds or 5)
-            print(preparing.summary(result))
-        else:
-            result = each_config(args.what, args, settings)
-    except (UserError, copying.RunFailed) as e:
-        print(e, file=sys.stderr)
-        return 4 if isinstance(e, copying.RunFailed) else 2
+    from benchmarks import machine, ops, preparing, training  # here, so that Ctrl-C while torch is imported is one line too
+
+    if args.what in ("kernels", "tiles"):
+        return ops.main(args.what)
+    if args.one:
+        training.take_turns(load([*args.configs, *settings]), args.one)
+        return 0
+    about = machine.machine()  # before anything is timed: the commit may change while it runs
+    if args.what == "data":
+        result = preparing.prepare_rates(args.rounds or 5)
+        print(preparing.summary(result))
+    else:
+        result = each_config(args, settings)
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": about, args.what: result}, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Parses options and positional arguments in any order; an unknown option is refused with the nearest known one."""
-        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args  # which takes no subcommands
+        parsed, unknown = parse(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
             nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
@@ -143,7 +144,9 @@ class Config(ModelConfig):
     device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations; auto: bf16 on CUDA, else fp32")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
-    kernels: Literal["auto", "fused", "sdpa", "eager"] = setting("auto", "op set: Triton, torch's fused ops, or plain torch")
+    kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
+        "auto", "op set: Triton, PyTorch's fused kernels or the definitions; auto: fused where Triton fits, else sdpa"
+    )
 
     def __post_init__(self):
         super().__post_init__()

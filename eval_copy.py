@@ -131,11 +131,8 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     device = distributed.pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
-    try:
-        ops = kernels.choose(ops, device, config.head_dim)
-    except kernels.KernelError as e:
-        raise UserError(str(e)) from None
-    model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
+    dtype = distributed.pick_dtype("auto", device)
+    model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)
     checkpoint.restore(path, state, model)
     tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.size > config.vocab_size:

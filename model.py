@@ -1,7 +1,7 @@
 """The Llama in one file: RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU.
 
-The model is handed its ops (kernels.eager or another set with the same functions), so nothing here knows a device.
-Parameters are fp32; activations have the dtype asked for, and each weight is cast where it is used.
+The model is handed its ops (kernels.eager or another op set), so nothing here depends on a device. Parameters are fp32;
+activations have the dtype asked for, and each weight is cast where it is used.
 B, T, H, Dh, D, F, V: batch, time, heads, head dim, model dim, feed-forward dim, vocabulary.
 """
 
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import ModelConfig as LlamaConfig
+from config import ModelConfig
 
 
 class Linear(nn.Linear):
-    """A projection without bias: fp32 weight, cast to the activations' dtype."""
+    """A projection without bias: fp32 weight, cast to the dtype of the activations."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -23,29 +23,33 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, ops):
+    def __init__(self, config: ModelConfig, ops):
         super().__init__()
-        self.ops, self.dropout = ops, config.attn_dropout
-        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.ops = ops
+        self.dropout = config.attn_dropout
         self.head_dim = config.head_dim
-        self.wqkv = Linear(config.dim, sum(self.heads) * self.head_dim)
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]  # of q, k and v
+        self.wqkv = Linear(config.dim, sum(self.heads) * config.head_dim)
         self.wo = Linear(config.dim, config.dim)
 
     def qkv(self, x, rope):
         """x (B, T, D) -> q (B, T, H, Dh), k and v (B, T, Hkv, Dh), with q and k rotated to their positions."""
-        q, k, v = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        return *self.ops.rotary(q, k, *rope), v
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
+        q, k, v = qkv.split(self.heads, dim=2)
+        q, k = self.ops.rotary(q, k, *rope)
+        return q, k, v
 
     def forward(self, x, rope, seed=None, kv_cache=None):
         q, k, v = self.qkv(x, rope)
         if kv_cache is not None:
-            k, v = kv_cache.append(k, v)
-        p = self.dropout if self.training else 0.0
-        return self.wo(self.ops.causal_attention(q, k, v, p, seed).flatten(2))
+            k, v = kv_cache.append(k, v)  # (B, start + T, Hkv, Dh)
+        dropout = self.dropout if self.training else 0.0
+        y = self.ops.causal_attention(q, k, v, dropout, seed)  # (B, T, H, Dh)
+        return self.wo(y.flatten(2))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig, ops):
+    def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.ops = ops
         self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
@@ -56,9 +60,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, ops):
+    def __init__(self, config: ModelConfig, ops):
         super().__init__()
-        self.ops, self.eps = ops, config.norm_eps
+        self.ops = ops
+        self.eps = config.norm_eps
         self.attention_norm = nn.Parameter(torch.empty(config.dim))
         self.attention = Attention(config, ops)
         self.mlp_norm = nn.Parameter(torch.empty(config.dim))
@@ -72,37 +77,39 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, config: LlamaConfig, ops, dtype=torch.float32):
+    def __init__(self, config: ModelConfig, ops, dtype=torch.float32):
         super().__init__()
-        self.config, self.ops, self.dtype = config, ops, dtype
+        self.config = config
+        self.ops = ops
+        self.dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.dim))
         self.lm_head = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
+        self.register_buffer("cos", None, persistent=False)  # (T, Dh/2)
+        self.register_buffer("sin", None, persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
-        embed, wqkv, gate_up, lm_head normal, std 0.02
-        wo, down                     normal, std 0.02 / sqrt(2 n_layers): they write to the residual stream, 2 a layer
-        norm weights                 1
-        cos, sin                     the rotary table, (T, Dh/2), angles and values in fp32 whatever the dtype
+        embed, wqkv, gate_up, lm_head   normal, std 0.02
+        wo, down                        normal, std 0.02 / sqrt(2 n_layers): the 2 n_layers matrices that write to the residual
+        norm weights                    1
+        cos, sin                        the rotary table, fp32 whatever the dtype
         """
         for name, p in self.named_parameters():
+            residual = name.endswith(("wo.weight", "down.weight"))
             if p.dim() == 1:
                 p.fill_(1.0)
             else:
-                residual = name.endswith(("wo.weight", "down.weight"))
                 p.normal_(0.0, 0.02 * ((2 * self.config.n_layers) ** -0.5 if residual else 1.0))
-        cos, sin = rotary_table(self.config, self.embed.weight.device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.cos, self.sin = rotary_table(self.config, self.embed.weight.device)
 
     def _apply(self, fn, recurse=True):
-        """Moving the model must not round the rotary table: bf16 angles lose positions beyond 256."""
+        """Moves the model without rounding the rotary table: bf16 angles lose positions beyond 256."""
         super()._apply(fn, recurse)
         self.cos, self.sin = rotary_table(self.config, self.embed.weight.device)
         return self
@@ -111,32 +118,34 @@ class Llama(nn.Module):
         return self.cos[start : start + T], self.sin[start : start + T]
 
     def hidden(self, tokens, seed=None, cache=None):
-        """Token ids (B, T) -> the normed residual stream (B, T, D) that the head reads."""
+        """Token ids (B, T) -> the normed residual stream (B, T, D), which lm_head reads."""
         start = cache.length if cache else 0
-        x, rope = self.embed(tokens).to(self.dtype), self.rope(start, tokens.shape[1])
+        x = self.embed(tokens).to(self.dtype)  # (B, T, D)
+        rope = self.rope(start, tokens.shape[1])
         for i, block in enumerate(self.blocks):
-            run = block if self.training else block.forward  # a compiled block has the one shape of training
+            run = block if self.training else block.forward  # a block is compiled for the one shape of training
             x = run(x, rope, None if seed is None else seed + i, cache and cache.layer(i))
         if cache:
             cache.length += tokens.shape[1]
         return self.ops.rms_norm(x, self.norm, self.config.norm_eps)
 
     def forward(self, tokens, targets=None, seed=None, cache=None):
-        """Token ids (B, T) -> the mean loss over targets (B, T) that are not -100, in nats; or logits (B, T, V).
+        """Token ids (B, T) -> the mean loss over the targets (B, T) that are not -100, in nats; or logits (B, T, V).
 
-        seed (B,) int64 keys attention dropout, one per sequence; with a cache the tokens go on where it ends.
+        seed (B,) int64 keys attention dropout, one per sequence. With a cache, the tokens continue what it holds.
         """
         x = self.hidden(tokens, seed, cache)
         return self.lm_head(x) if targets is None else self.loss(x, targets)
 
     def loss(self, x, targets):
-        """The mean loss of the head on x (B, T, D), as hidden returns it, over targets (B, T) that are not -100."""
+        """The mean loss over the targets (B, T) that are not -100, given x (B, T, D) as `hidden` returns it."""
         return self.ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
 
     @torch.no_grad()
     def attention_maps(self, tokens):
         """Yields the attention probabilities (B, H, T, T) of one layer after the other, keeping none."""
-        x, rope = self.embed(tokens).to(self.dtype), self.rope(0, tokens.shape[1])
+        x = self.embed(tokens).to(self.dtype)  # (B, T, D)
+        rope = self.rope(0, tokens.shape[1])
         for block in self.blocks:
             q, k, _ = block.attention.qkv(self.ops.rms_norm(x, block.attention_norm, block.eps), rope)
             yield self.ops.attention_probs(q, k)
@@ -144,27 +153,29 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=0.0, stop=None):
-        """Yields up to n new tokens (B,) after the prompt (B, T): the likeliest, or drawn at a temperature.
+        """Yields up to n new tokens (B,) after the prompt (B, T): the most likely ones, or samples at a temperature.
 
-        Ends early where a batch of one draws `stop`, or where the context (seq_len) is full.
+        Ends early when a batch of one draws `stop`, and when the context (seq_len) is full.
         """
         cache = KVCache(self, len(tokens))
         for _ in range(min(n, self.config.seq_len - tokens.shape[1])):
             logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
-            probs = (logits / temperature).softmax(-1) if temperature else None
-            tokens = torch.multinomial(probs, 1) if temperature else logits.argmax(-1, keepdim=True)  # (B, 1)
+            if temperature:
+                tokens = torch.multinomial((logits / temperature).softmax(-1), 1)  # (B, 1)
+            else:
+                tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
             if stop is not None and len(tokens) == 1 and tokens.item() == stop:
                 return
             yield tokens[:, 0]
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, of at most `max_len`. Setting `length` back rewinds it."""
+    """Keys and values of the positions seen so far, at most `max_len`. Setting `length` back rewinds it."""
 
     def __init__(self, model: Llama, batch: int, max_len: int | None = None):
-        c, device = model.config, model.embed.weight.device
+        c = model.config
         shape = (c.n_layers, 2, batch, max_len or c.seq_len, c.n_kv_heads, c.head_dim)
-        self.kv = torch.empty(shape, dtype=model.dtype, device=device)
+        self.kv = torch.empty(shape, dtype=model.dtype, device=model.embed.weight.device)
         self.length = 0
 
     def layer(self, i):
@@ -173,17 +184,20 @@ class KVCache:
 
 class LayerCache:
     def __init__(self, kv, start):
-        self.kv, self.start = kv, start  # (2, B, max_len, Hkv, Dh)
+        self.kv = kv  # (2, B, max_len, Hkv, Dh)
+        self.start = start
 
     def append(self, k, v):
-        """Writes k, v (B, T, Hkv, Dh) at the end and returns all there is: (B, start + T, Hkv, Dh) each."""
+        """Writes k, v (B, T, Hkv, Dh) at the end and returns everything up to there: (B, start + T, Hkv, Dh) each."""
         end = self.start + k.shape[1]
-        self.kv[0, :, self.start : end], self.kv[1, :, self.start : end] = k, v
+        self.kv[0, :, self.start : end] = k
+        self.kv[1, :, self.start : end] = v
         return self.kv[0, :, :end], self.kv[1, :, :end]
 
 
-def rotary_table(config: LlamaConfig, device):
+def rotary_table(config: ModelConfig, device):
     """cos and sin (T, Dh/2) of position * theta^(-2i/Dh), fp32. Su et al. 2021."""
-    inverse = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim)
-    angles = torch.outer(torch.arange(config.seq_len, device=device, dtype=torch.float32), inverse)
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    positions = torch.arange(config.seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, config.rope_theta ** -(i / config.head_dim))  # (T, Dh/2)
     return angles.cos(), angles.sin()

@@ -93,9 +93,10 @@ class Run:
         self.stop = distributed.StopSignal(world)
         distributed.check_memory(config, world.device)
         torch.manual_seed(config.seed)
-        ops = kernels.choose(config.kernels, world.device, config.head_dim)
+        dtype = distributed.pick_dtype(config.dtype, world.device)
+        ops = kernels.choose(config.kernels, world.device, config.head_dim, dtype, world.say)
         self.config = dataclasses.replace(config, kernels=ops.__name__.removeprefix("kernels."))
-        self.model = Llama(config.model(), ops, distributed.pick_dtype(config.dtype, world.device)).to(world.device)
+        self.model = Llama(config.model(), ops, dtype).to(world.device)
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0
         self.saved = 0  # the step of the newest checkpoint

@@ -1,1 +1,1 @@
-"""What bench.py times: training steps, the time to copy, the kernels, the preparation of data."""
+"""The benchmarks that bench.py runs."""

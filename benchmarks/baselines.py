@@ -1,7 +1,7 @@
-"""What a training step is compared with: models of the same shape, each a function of the config.
+"""The models that a training step is compared with: each a function of the config, of the same shape.
 
-A baseline is a module called with (x, y), token ids and targets (B, T), that returns the mean loss; its parameters are fp32.
-On a GPU it runs under autocast in bf16. PlainLlama is what one writes first: separate projections, torch's own functions.
+A baseline is a module that maps (x, y), token ids and targets (B, T), to the mean loss; its parameters are fp32. On a GPU it
+runs under autocast in bf16. PlainLlama is what one writes first: separate projections and PyTorch's own functions.
 """
 
 import contextlib
@@ -13,28 +13,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import Config
 from errors import UserError
-from hf import folder as huggingface
+from hf import folder as hf_folder
 from model import rotary_table
 
 
 class PlainBlock(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.eps = c.head_dim, c.norm_eps
-        kv = c.n_kv_heads * c.head_dim
+        self.head_dim = c.head_dim
+        self.eps = c.norm_eps
+        self.dropout = c.attn_dropout
+        kv_dim = c.n_kv_heads * c.head_dim
         self.q, self.o = (nn.Linear(c.dim, c.dim, bias=False) for _ in range(2))
-        self.k, self.v = (nn.Linear(c.dim, kv, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(c.dim, kv_dim, bias=False) for _ in range(2))
         self.gate, self.up = (nn.Linear(c.dim, c.hidden_dim, bias=False) for _ in range(2))
         self.down = nn.Linear(c.hidden_dim, c.dim, bias=False)
         self.norm1, self.norm2 = (nn.Parameter(torch.ones(c.dim)) for _ in range(2))
 
     def forward(self, x, cos, sin):
-        h = F.rms_norm(x, x.shape[-1:], self.norm1, self.eps)
+        h = F.rms_norm(x, x.shape[-1:], self.norm1.to(x.dtype), self.eps)
         q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, Dh)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        how = {"is_causal": True, "dropout_p": self.dropout if self.training else 0.0, "enable_gqa": k.shape[1] != q.shape[1]}
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, **how)
         x = x + self.o(y.transpose(1, 2).flatten(2))
-        h = F.rms_norm(x, x.shape[-1:], self.norm2, self.eps)
+        h = F.rms_norm(x, x.shape[-1:], self.norm2.to(x.dtype), self.eps)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
@@ -44,9 +46,13 @@ def rotate(x, cos, sin):
 
 
 class PlainLlama(nn.Module):
-    def __init__(self, c: Config, backend: SDPBackend | None = None):
+    """`residual` is the dtype of the residual stream; autocast alone leaves it in fp32, which moves twice the bytes of ours."""
+
+    def __init__(self, c: Config, backend: SDPBackend | None = None, residual: torch.dtype | None = None):
         super().__init__()
-        self.eps, self.backend = c.norm_eps, backend
+        self.eps = c.norm_eps
+        self.backend = backend
+        self.residual = residual
         cos, sin = rotary_table(c, "cpu")
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
@@ -56,16 +62,16 @@ class PlainLlama(nn.Module):
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
 
     def forward(self, tokens, targets):
-        x = self.embed(tokens)
+        x = self.embed(tokens).to(self.residual)
         with sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext():
             for block in self.blocks:
                 x = block(x, self.cos, self.sin)
-        x = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+        x = F.rms_norm(x, x.shape[-1:], self.norm.to(x.dtype), self.eps)
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
 class HuggingFace(nn.Module):
-    """LlamaForCausalLM of transformers, with its own SDPA; Liger's kernels in it where asked. It shifts the targets itself."""
+    """LlamaForCausalLM of transformers with SDPA, and with Liger's kernels if asked for. It shifts the targets itself."""
 
     def __init__(self, c: Config, liger: bool):
         super().__init__()
@@ -78,7 +84,7 @@ class HuggingFace(nn.Module):
                 apply_liger_kernel_to_llama()
         except ImportError as e:
             raise UserError(f"{e.name} is not installed") from None
-        shape = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items()}
+        shape = {theirs: getattr(c, ours) for ours, theirs in hf_folder.FIELDS.items()}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         self.model = LlamaForCausalLM(LlamaConfig(**shape, **ids, use_cache=False, attn_implementation="sdpa"))
 
@@ -86,17 +92,21 @@ class HuggingFace(nn.Module):
         return self.model(input_ids=tokens, labels=tokens).loss
 
 
-def compiled(model):
+def compiled(c: Config, *options):
+    model = PlainLlama(c, *options)
     model.compile()
     return model
 
 
+FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 BASELINES = {
     "plain": PlainLlama,
-    "compile": lambda c: compiled(PlainLlama(c)),
-    "compile flash": lambda c: compiled(PlainLlama(c, SDPBackend.FLASH_ATTENTION)),
-    "compile cudnn": lambda c: compiled(PlainLlama(c, SDPBackend.CUDNN_ATTENTION)),
+    "compile": compiled,
+    "compile flash": lambda c: compiled(c, FLASH),
+    "compile cudnn": lambda c: compiled(c, CUDNN),
+    "compile flash, bf16 residual": lambda c: compiled(c, FLASH, torch.bfloat16),
+    "compile cudnn, bf16 residual": lambda c: compiled(c, CUDNN, torch.bfloat16),
     "hf": lambda c: HuggingFace(c, liger=False),
     "hf liger": lambda c: HuggingFace(c, liger=True),
 }
-ON = {"cuda": ("plain", "compile flash", "compile cudnn", "hf", "hf liger"), "cpu": ("plain", "compile", "hf")}
+ON = {"cuda": [name for name in BASELINES if name != "compile"], "cpu": ["plain", "compile", "hf"]}

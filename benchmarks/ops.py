@@ -1,17 +1,15 @@
-"""Times each kernel on a GPU: `bench.py kernels`, and with other tiles: `bench.py tiles`. Correctness first, then medians, in
-one run with the card's own ceilings.
+"""`bench.py kernels` times each Triton op on a GPU against its baselines, `bench.py tiles` under other tile sizes.
 
-At B = 64, T = 1024, D = 768, 12 heads of 64, F = 3072, V = 32000 in bf16, and over a sweep of T and D. A time is the median of
-CUDA events around the call, the L2 cache flushed before each; `graph_ms` is one replay of a CUDA graph that holds 10 calls, a
-tenth of it: with no host in it. GB/s count each input read once and each output written once; TFLOP/s the causal half.
-Shares are of what a large copy and a large matmul reach on the same card in the same run.
+The shape is B = 64, T = 1024, D = 768, 12 heads of 64, F = 3072, V = 32000 in bf16, then a sweep of T and D. Each result is
+compared with the definition before it is timed. Times are medians of triton.testing.do_bench, which clears the L2 cache before
+each call; `graph_ms` is the time in a CUDA graph, without the host. GB/s count each input read once and each output written
+once, TFLOP/s the causal half; shares are of what a large copy and a large matmul reach on the same GPU in the same run.
 """
 
 import json
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import machine
@@ -23,218 +21,159 @@ EPS = 1e-6
 OPS = ("rms_norm", "add_rms_norm", "rotary", "swiglu", "attention", "linear_cross_entropy")
 
 
-def randn(*shape, grad=True):
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_(grad)
+def randn(*shape, scale=1.0):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(scale).requires_grad_()
 
 
-def cases(B, T, D, H, F, V):  # noqa: N803
-    """op -> (its function of an op set, inputs, forward work, backward work); work is bytes, or FLOPs for attention."""
-    N, x, Dh = B * T, 2 * B * T * D, D // H  # x: bytes of one activation (N, D)
+def case(name, B, T, D, H, F, V):  # noqa: N803
+    """Returns for an op: its function of an op set, the inputs, and the work forward and backward: bytes, attention's FLOPs."""
+    N, x, Dh = B * T, 2 * B * T * D, D // H  # x: the bytes of one activation (N, D)
+    if name in ("rotary", "attention"):
+        q, k, v = (t.requires_grad_() for t in randn(B, T, 3 * D).detach().unflatten(-1, (3 * H, Dh)).split(H, 2))
+    if name == "rotary":
+        angles = torch.outer(torch.arange(T), 10000.0 ** -(torch.arange(0, Dh, 2) / Dh)).cuda()
+        return lambda ops, q, k: ops.rotary(q, k, angles.cos(), angles.sin()), [q, k], 4 * x, 4 * x
+    if name == "attention":
+        flops = 2 * B * H * T * T * Dh
+        return lambda ops, *qkv: ops.causal_attention(*qkv), [q, k, v], flops, 2.5 * flops
+    if name == "swiglu":
+        return lambda ops, g: ops.swiglu(g), [randn(N, 2 * F)], 6 * N * F, 10 * N * F
+    if name == "linear_cross_entropy":
+        targets = torch.randint(0, V, (N,), device="cuda")
+        return lambda ops, x, w: ops.linear_cross_entropy(x, w, targets), [randn(N, D), randn(V, D, scale=0.02)], None, None
     weight = torch.rand(D, device="cuda").add(0.5).requires_grad_()
-    angles = torch.outer(torch.arange(T), 10000.0 ** -(torch.arange(0, Dh, 2) / Dh)).cuda()
-    table = angles.cos(), angles.sin()
-    flops = 2 * B * H * T * T * Dh
+    if name == "rms_norm":
+        return lambda ops, x, w: ops.rms_norm(x, w, EPS), [randn(N, D), weight], 2 * x, 3 * x
+    return lambda ops, x, r, w: ops.add_rms_norm(x, r, w, EPS), [randn(N, D), randn(N, D), weight], 4 * x, 4 * x
 
-    def qkv():
-        return randn(B, T, 3 * D).detach().unflatten(-1, (3 * H, Dh)).split(H, 2)
 
-    def leaves(*tensors):
-        return [t.requires_grad_() for t in tensors]
+def baselines(name, op, inputs):
+    """Returns {name: function of the inputs} of the kernel and of everything it is timed against."""
+    from kernels import eager, fused, sdpa
 
-    return {
-        "rms_norm": (lambda ops, x, w: ops.rms_norm(x, w, EPS), [randn(N, D), weight], 2 * x, 3 * x),
-        "add_rms_norm": (
-            lambda ops, x, r, w: ops.add_rms_norm(x, r, w, EPS),
-            [randn(N, D), randn(N, D), weight],
-            4 * x,
-            4 * x,
-        ),
-        "rotary": (lambda ops, q, k: ops.rotary(q, k, *table), leaves(*qkv()[:2]), 4 * x, 4 * x),
-        "swiglu": (lambda ops, g: ops.swiglu(g), [randn(N, 2 * F)], 6 * N * F, 10 * N * F),
-        "attention": (lambda ops, q, k, v: ops.causal_attention(q, k, v), leaves(*qkv()), flops, 2.5 * flops),
-        "linear_cross_entropy": (
-            lambda ops, x, w, t: ops.linear_cross_entropy(x, w, t),
-            [randn(N, D), randn(V, D).detach().mul_(0.02).requires_grad_(), torch.randint(0, V, (N,), device="cuda")],
-            None,
-            None,
-        ),
+    found = {
+        "fused": lambda *xs: op(fused, *xs),
+        "eager": lambda *xs: op(eager, *xs),
+        "compile": torch.compile(lambda *xs: op(sdpa, *xs)),
     }
-
-
-def sdpa(backend):
-    def attention(q, k, v):
-        with sdpa_kernel(backend):
-            heads = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
-
-    return attention
-
-
-def liger(name):
-    """Liger's function for an op, where Liger is installed."""
+    if name == "attention":
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            found[f"sdpa {backend.name.lower()}"] = sdpa_kernel(backend)(lambda *xs: op(sdpa, *xs))
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as LinearCrossEntropy
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction as RMSNorm
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction as SiLUMul
     except ImportError:
-        return None
-
-    def linear_cross_entropy(x, w, targets):
-        return LigerFusedLinearCrossEntropyFunction.apply(x, w, targets)[0]
-
-    return {
-        "rms_norm": lambda x, w: LigerRMSNormFunction.apply(x, w, EPS),
-        "swiglu": lambda g: LigerSiLUMulFunction.apply(*g.chunk(2, -1)),
-        "linear_cross_entropy": linear_cross_entropy,
-    }.get(name)
+        return found
+    targets = torch.randint(0, inputs[1].shape[0], inputs[0].shape[:1], device="cuda") if len(inputs) > 1 else None
+    liger = {
+        "rms_norm": lambda x, w: RMSNorm.apply(x, w, EPS),
+        "swiglu": lambda g: SiLUMul.apply(*g.chunk(2, -1)),
+        "linear_cross_entropy": lambda x, w: LinearCrossEntropy.apply(x, w, targets)[0],
+    }
+    return found | ({"liger": liger[name]} if name in liger else {})
 
 
-def median_ms(f, runs=50):
-    """Median time of f() after a warm-up, the L2 cache overwritten before each run."""
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times = []
-    for i in range(runs + 5):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        f()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 5:
-            times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+def outputs(f, inputs) -> tuple:
+    out = f(*inputs)
+    return out if isinstance(out, tuple) else (out,)
 
 
-def graph_ms(f, calls=10):
-    """Time of one f() in the replay of a CUDA graph of ten; None where f cannot be captured."""
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            f()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                f()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return median_ms(graph.replay, runs=20) / calls
+def median_ms(f) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(f, warmup=50, rep=200, return_mode="median")
 
 
-def measure(f, inputs):
-    """Forward, backward and both, in ms, and the peak of memory above what stood before."""
+def measure(f, inputs) -> dict:
+    """Returns the ms of forward, backward and both, of both in a CUDA graph (None if f cannot be captured), and peak memory."""
+    from triton.testing import do_bench_cudagraph
+
     wanted = [x for x in inputs if x.requires_grad]
-
-    def outputs():
-        out = f(*inputs)
-        return out if isinstance(out, tuple) else (out,)
-
-    grads = [torch.randn_like(o) for o in outputs()]
+    out = outputs(f, inputs)
+    grads = [torch.randn_like(o) for o in out]
 
     def both():
-        return torch.autograd.grad(outputs(), wanted, grads)
+        return torch.autograd.grad(outputs(f, inputs), wanted, grads)
 
-    def backward_ms():
-        out = outputs()
-        return median_ms(lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True))
-
-    def forward():
-        with torch.no_grad():
-            return f(*inputs)
-
-    row = dict(forward_ms=median_ms(forward), backward_ms=backward_ms(), both_ms=median_ms(both))
-    row["graph_both_ms"] = graph_ms(both)
-    torch.cuda.synchronize()
+    row = dict(
+        forward_ms=median_ms(torch.no_grad()(lambda: f(*inputs))),
+        backward_ms=median_ms(lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True)),
+        both_ms=median_ms(both),
+    )
+    out = None  # not counted as peak memory
+    try:
+        row["graph_ms"] = do_bench_cudagraph(both, return_mode="median")
+    except RuntimeError:
+        torch.cuda.synchronize()
+        row["graph_ms"] = None
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     both()
     return row | dict(peak_bytes=torch.cuda.max_memory_allocated() - before)
 
 
-def check(f, reference, inputs):
-    """Refuses to time what is wrong: a smaller problem against eager, in the norm."""
-    wanted = [x for x in inputs if x.requires_grad]
+def check(name, shape):
+    """Compares a Triton op with its definition on a smaller problem; raises RuntimeError if it differs by more than 2%."""
+    from kernels import eager, fused
+
+    op, inputs, _, _ = case(name, **(shape | dict(B=2, T=min(shape["T"], 512))))
     results = []
-    for op in (f, reference):
+    for ops in (fused, eager):
         torch.manual_seed(0)
-        out = op(*inputs)
-        out = out if isinstance(out, tuple) else (out,)
+        out = outputs(lambda *xs: op(ops, *xs), inputs)  # noqa: B023
         grads = [torch.randn(o.shape, device=o.device).to(o.dtype) for o in out]  # the same, whatever the layout of out
-        results.append([*out, *torch.autograd.grad(out, wanted, grads)])
+        results.append([*out, *torch.autograd.grad(out, inputs, grads)])
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         error = ((a.float() - b.float()).norm() / b.float().norm()).item()
         if not error < 2e-2:
-            raise SystemExit(f"bench.py: result {i} is wrong by {error:.1e}: nothing was timed")
+            raise RuntimeError(f"{name}: result {i} differs from the definition by {error:.1e}; it was not timed")
 
 
-def ceilings():
-    """GB/s of a large copy and TFLOP/s of a large bf16 matmul, on random data."""
-    a, m = torch.randn(2**30, device="cuda"), randn(8192, 8192, grad=False)
+def ceilings() -> dict:
+    """Returns the GB/s of a large copy and the TFLOP/s of a large bf16 matmul, on random data."""
+    a, m = torch.randn(2**30, device="cuda"), randn(8192, 8192).detach()
     b = torch.empty_like(a)
     copy, matmul = median_ms(lambda: b.copy_(a)), median_ms(lambda: m @ m)
     return dict(copy_gb_s=2 * 4 * 2**30 / copy / 1e6, matmul_tflop_s=2 * 8192**3 / matmul / 1e9)
 
 
-def rates(row, kind, work, top):
-    """Adds GB/s or TFLOP/s and their share of the card's ceiling to a row of times."""
-    unit, scale, ceiling = ("tflop_s", 1e9, top["matmul_tflop_s"]) if kind == "flops" else ("gb_s", 1e6, top["copy_gb_s"])
-    for way, amount in work.items():
-        row[f"{way}_{unit}"] = amount / row[f"{way}_ms"] / scale
-        row[f"{way}_share"] = row[f"{way}_{unit}"] / ceiling
-
-
-def baselines(name, op, eager, fused):
-    """name -> function of the inputs, for everything that is timed against the kernel."""
-    found = {
-        "fused": lambda *xs: op(fused, *xs),
-        "eager": lambda *xs: op(eager, *xs),
-        "compile": torch.compile(lambda *xs: op(eager, *xs)),
-    }
-    if name == "attention":
-        found |= {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)}
-        del found["compile"]  # eager's definition holds (B, H, T, T) in fp32: SDPA is what torch would be used for
-    if liger(name):
-        found["liger"] = liger(name)
+def rates(row, is_flops, forward, backward, top) -> dict:
+    """Returns a row's GB/s or TFLOP/s and their shares of the GPU's ceiling."""
+    unit, scale, ceiling = ("tflop_s", 1e9, top["matmul_tflop_s"]) if is_flops else ("gb_s", 1e6, top["copy_gb_s"])
+    found = {}
+    for way, work in dict(forward=forward, backward=backward, both=forward + backward).items():
+        found[f"{way}_{unit}"] = work / row[f"{way}_ms"] / scale
+        found[f"{way}_share"] = found[f"{way}_{unit}"] / ceiling
     return found
 
 
-def loss_and_dlogits_alone(N, V, top):
-    from kernels.cross_entropy import loss_and_dlogits
-
-    logits, targets = randn(N, V, grad=False), torch.randint(0, V, (N,), device="cuda")
-    row = dict(forward_ms=median_ms(lambda: loss_and_dlogits(logits, targets), runs=20))
-    rates(row, "bytes", dict(forward=2 * 2 * N * V), top)
-    return row
-
-
-def bench(shape, top):
-    from kernels import eager, fused
-
-    rows = {}
-    for name in OPS:
-        small_op, small, _, _ = cases(**(shape | dict(B=2, T=min(shape["T"], 512))))[name]
-        check(lambda *xs, op=small_op: op(fused, *xs), lambda *xs, op=small_op: op(eager, *xs), small)
-        op, inputs, forward, backward = cases(**shape)[name]
-        for who, f in baselines(name, op, eager, fused).items():
-            try:
-                row = measure(f, inputs)
-            except (torch.OutOfMemoryError, RuntimeError) as e:
-                rows[f"{name}: {who}"] = dict(failed=str(e).splitlines()[0])
-                continue
-            if forward:
-                work = dict(forward=forward, backward=backward, both=forward + backward)
-                rates(row, "flops" if name == "attention" else "bytes", work, top)
-            rows[f"{name}: {who}"] = row
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
-    rows["loss and dlogits: fused"] = loss_and_dlogits_alone(shape["B"] * shape["T"], shape["V"], top)
-    return rows
+def sweep_shapes(top) -> list[dict]:
+    """Times every op against its baselines at the main shape, then at other T and D."""
+    results = []
+    for change in [{}, *SWEEP]:
+        shape, rows = SHAPE | change, {}
+        print(f"\n{shape}\n{'':<36}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'graph ms':>9}{'share':>7}")
+        for name in OPS:
+            check(name, shape)
+            op, inputs, forward, backward = case(name, **shape)
+            for who, f in baselines(name, op, inputs).items():
+                try:
+                    row = measure(f, inputs)
+                    row |= rates(row, name == "attention", forward, backward, top) if forward else {}
+                except RuntimeError as e:  # out of memory, or a backend that does not take this shape
+                    row = dict(failed=str(e).splitlines()[0])
+                rows[f"{name}: {who}"] = row
+                figures = (row.get(k) for k in ("forward_ms", "backward_ms", "both_ms", "graph_ms", "forward_share"))
+                print(f"{name + ': ' + who:<36}" + "".join(f"{'' if v is None else format(v, '.3f'):>10}" for v in figures))
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+        results.append(dict(shape=shape, rows=rows))
+    return results
 
 
-def tiles():
-    """(op, way, where its launch constant stands, its key there, what to try): every choice that a time has to decide.
+def tiles() -> list[tuple]:
+    """Returns (op, pass, where its launch constant is stored, the key there, values to try) of every constant to be decided.
 
     Attention's are (queries, keys, warps, stages) by head dim: of the forward, then of dq, then of dk and dv.
     """
@@ -245,14 +184,11 @@ def tiles():
     dq = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)]
     dkdv = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)]
     powers = [2**i for i in range(10, 15)]
-    return [
+    norms = [(op, way, vars(rmsnorm), way.upper(), powers) for op in OPS[:2] for way in ("forward", "backward")]
+    return norms + [
         ("attention", "forward", attention.TILES["forward"], dh, forward),
         ("attention", "backward", attention.TILES["dq"], dh, dq),
         ("attention", "backward", attention.TILES["dkdv"], dh, dkdv),
-        ("rms_norm", "forward", vars(rmsnorm), "FORWARD", powers),
-        ("add_rms_norm", "forward", vars(rmsnorm), "FORWARD", powers),
-        ("rms_norm", "backward", vars(rmsnorm), "BACKWARD", powers),
-        ("add_rms_norm", "backward", vars(rmsnorm), "BACKWARD", powers),
         ("rotary", "forward", vars(rotary), "BLOCK_T", [8, 16, 32, 64]),
         ("swiglu", "forward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
         ("swiglu", "backward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
@@ -261,49 +197,31 @@ def tiles():
     ]
 
 
-def sweep_tiles():
-    """Times each op under every choice of each launch constant, the others as they stand. A wrong result is not timed."""
-    from kernels import eager, fused
+def sweep_tiles() -> list[dict]:
+    """Times each op with every value of each launch constant, the others at their defaults."""
+    from kernels import fused
 
     rows = []
-    for name, way, where, key, choices in tiles():
-        small_op, small, _, _ = cases(**(SHAPE | dict(B=2, T=512)))[name]
-        op, inputs, _, _ = cases(**SHAPE)[name]
-        stands = where[key]
-        for choice in choices:
-            where[key] = choice
-            row = dict(op=name, constant=str(key), way=way, choice=choice, stands=choice == stands)
+    for name, way, where, key, values in tiles():
+        op, inputs, _, _ = case(name, **SHAPE)
+        default = where[key]
+        for value in values:
+            where[key] = value
+            row = dict(op=name, constant=str(key), way=way, value=value, default=value == default)
             try:
-                check(lambda *xs: small_op(fused, *xs), lambda *xs: small_op(eager, *xs), small)  # noqa: B023
+                check(name, SHAPE)
                 row |= measure(lambda *xs: op(fused, *xs), inputs)  # noqa: B023
-            except (
-                Exception,
-                SystemExit,
-            ) as e:  # wrong, or too much shared memory, too many registers: each of Triton's errors has its own class
+            except Exception as e:  # wrong, or too much shared memory or too many registers: Triton has a class for each
                 row |= dict(failed=str(e).splitlines()[0])
             rows.append(row)
             figure = row.get("failed") or f"{row[f'{way}_ms']:.3f} ms"
-            print(f"{name:<22}{way:<10}{key!s:<10}{choice!s:<20}{'now  ' if choice == stands else '     '}{figure}", flush=True)
-        where[key] = stands
+            print(f"{name:<22}{way:<10}{key!s:<10}{value!s:<20}{'default' if value == default else '':<9}{figure}", flush=True)
+        where[key] = default
     return rows
 
 
-def sweep_shapes(top):
-    """Times every op against its baselines at the paper's shape, then with other T and D."""
-    results = []
-    for change in [{}, *SWEEP]:
-        shape = SHAPE | change
-        rows = bench(shape, top)
-        results.append(dict(shape=shape, rows=rows))
-        print(f"\n{shape}\n{'':<34}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'graph ms':>9}{'share':>7}")
-        for name, row in rows.items():
-            figures = (row.get(k) for k in ("forward_ms", "backward_ms", "both_ms", "graph_both_ms", "forward_share"))
-            print(f"{name:<34}" + "".join(f"{'' if v is None else format(v, '.3f'):>10}" for v in figures))
-    return results
-
-
 def main(what: str) -> int:
-    """Times `kernels` or `tiles` and writes results/bench/<card>-<what>.json. Exit status 2 where there is no GPU."""
+    """Times `kernels` or `tiles` and writes results/bench/<card>-<what>.json. Returns exit status 2 if there is no GPU."""
     if not torch.cuda.is_available():
         print(f"bench.py {what}: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
         return 2

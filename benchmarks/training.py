@@ -1,10 +1,10 @@
-"""`bench.py train`: whole training steps, ours against those of other models of the same shape, on random tokens.
+"""`bench.py train`: training steps of this trainer against those of other models of the same shape, on random tokens.
 
-Each has a process of its own, which waits while another has its turn: in each round all have one, so that what slows the
-machine down slows all. A step is an update of batch_size sequences: data to the device, forward, backward, clipping, AdamW. On
-a GPU each takes its fastest micro-batch that fits; on a CPU ours has its config's, the others take the batch whole, and ours
-runs a second time as one rank a core. A turn is `SECONDS` at least; what counts of it is the median step. All stay in memory:
-weights, moments and gradients, 16 bytes a parameter, are there of each while one has its turn.
+Each model has a process of its own, which waits while another has its turn; in each round all have one, so that whatever
+slows the machine down slows all of them. A step is an update of batch_size sequences: data to the device, forward, backward,
+clipping, AdamW. On a GPU each uses its fastest micro-batch that fits; on a CPU ours uses its config's, the baselines take the
+batch whole, and ours runs a second time as one rank per core. A turn takes `SECONDS` or more; its result is the median step.
+All stay in memory: weights, moments and gradients are 16 bytes a parameter each.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from runtime import distributed, metrics
 SECONDS = 2
 OURS, RANKS = "ours", "ours, a rank a core"
 
-# The parts of a step, by what is in the names of its kernels, or on a CPU of torch's ops: the first that fits. All else is
-# memory-bound: norms, rotary, SwiGLU, adds, casts, the embedding, and what inductor fused.
+# The parts of a step by substrings of the names of GPU kernels or, on a CPU, of torch's ops; the first match counts.
 PARTS = {
-    "optimiser": ("multi_tensor_apply", "adamw", "vector_norm", "lpnorm", "_foreach", "optimizer"),
+    "optimizer": ("multi_tensor_apply", "adamw", "vector_norm", "lpnorm", "_foreach", "optimizer"),
     "cross-entropy": ("cross_entropy", "log_softmax", "nll_loss"),
     "attention": ("attention", "flash", "fmha", "sdpa", "softmax", "bmm"),
     "GEMMs": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm"),
     "data": ("memcpy htod", "bench: data"),
 }
-MEMORY_BOUND, IDLE = "memory-bound", "idle"
+MEMORY_BOUND = "memory-bound"  # all else: norms, rotary, SwiGLU, residual additions, casts, the embedding
+IDLE = "idle"
 
 
 def part_of(name: str) -> str:
@@ -50,23 +50,22 @@ def part_of(name: str) -> str:
 
 
 class Steps:
-    """A model, its optimizer, and whole updates of both; `who` is ours or a baseline."""
+    """A model and its optimizer, ours or a baseline's, and training steps of them."""
 
     def __init__(self, c: Config, who: str, world: distributed.World):
-        self.config, self.who, self.world, self.cuda = c, who, world, world.device.type == "cuda"
+        self.config, self.who, self.world = c, who, world
+        self.cuda = world.device.type == "cuda"
         torch.manual_seed(0)
         if who == OURS:
             dtype = distributed.pick_dtype(c.dtype, world.device)
-            model = Llama(c.model(), kernels.choose(c.kernels, world.device, c.head_dim), dtype).to(world.device)
-            train.compile_blocks(model, c, world)
-            self.optimizer = train.make_optimizer(model, c)
-            self.autocast = torch.autocast(world.device.type, enabled=False)
+            ops = kernels.choose(c.kernels, world.device, c.head_dim, dtype)
+            self.model = Llama(c.model(), ops, dtype).to(world.device)
+            train.compile_blocks(self.model, c, world)
+            self.optimizer = train.make_optimizer(self.model, c)
         else:
-            model = BASELINES[who](c).to(world.device)
-            self.optimizer = torch.optim.AdamW(model.parameters(), fused=self.cuda)
-            self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=self.cuda)
-        self.model = model
-        self.ranks = DistributedDataParallel(model) if world.size > 1 else model
+            self.model = BASELINES[who](c).to(world.device)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=self.cuda)
+        self.ranks = DistributedDataParallel(self.model) if world.size > 1 else self.model
         self.batch = c.batch_size // world.size
         self.windows = np.random.default_rng(0).integers(c.vocab_size, size=(self.batch, c.seq_len + 1))
 
@@ -75,19 +74,23 @@ class Steps:
         for i in range(0, self.batch, micro):
             with record_function("bench: data"):
                 x, y = distributed.on_device(self.windows[i : i + micro], self.world.device)
-            with self.autocast:
-                loss = self.ranks(x, y)
-            (loss * (micro / self.batch)).backward()
+            self.loss(x, y, i).mul(micro / self.batch).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
 
+    def loss(self, x, y, i: int):
+        if self.who == OURS:
+            return self.ranks(x, y, seed=train.dropout_seeds(self.config, i, len(x), self.world.device))
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cuda):
+            return self.ranks(x, y)
+
     def seconds(self, micro: int) -> float:
-        """The median update of a turn, after two that are not counted."""
+        """Returns the median step of a turn, after two that are not counted."""
         for _ in range(2):
             self.update(micro)
         times, started = [], time.perf_counter()
         at_once = 5 if self.cuda else 1  # as in training, the host runs ahead of a GPU
-        while self.world.any(time.perf_counter() - started < SECONDS or len(times) < 5):  # ranks must agree on it
+        while self.world.any(time.perf_counter() - started < SECONDS or len(times) < 5):  # the ranks have to agree
             self.wait()
             before = time.perf_counter()
             for _ in range(at_once):
@@ -100,8 +103,22 @@ class Steps:
         if self.cuda:
             torch.cuda.synchronize()
 
+    def fastest_micro(self) -> int:
+        """Returns the micro-batch to use: on a GPU, the fastest that fits."""
+        if not self.cuda:
+            return min(self.config.micro_batch_size if self.who == OURS else self.batch, self.batch)
+        times = {}
+        for micro in (64, 32, 16, 8, 4):
+            if micro <= self.batch:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    times[micro] = self.seconds(micro)
+                torch.cuda.empty_cache()
+        if not times:
+            raise UserError("no micro-batch fits the device's memory")
+        return min(times, key=times.get)
+
     def parts(self, micro: int, updates: int = 5) -> dict[str, float]:
-        """ms of an update in each part, and in which the device (on a CPU: torch) had nothing to do."""
+        """Returns the ms of a step spent in each part, and those in which the device (on a CPU: torch) was idle."""
         self.wait()
         with profile() as p:
             before = time.perf_counter()
@@ -112,78 +129,59 @@ class Steps:
         found = dict.fromkeys([*PARTS, MEMORY_BOUND], 0.0)
         for event in p.key_averages():
             if not self.cuda or event.device_type == torch.autograd.DeviceType.CUDA:
-                took = event.self_device_time_total if self.cuda else event.self_cpu_time_total
-                found[part_of(event.key)] += took / 1000 / updates
+                microseconds = event.self_device_time_total if self.cuda else event.self_cpu_time_total
+                found[part_of(event.key)] += microseconds / 1000 / updates
         return found | {IDLE: max(0.0, 1000 * wall / updates - sum(found.values()))}
 
-    def rest(self, micro: int) -> dict:
-        """What a row has besides its time: peak memory, and of ours, in one process, the parts of a step."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.update(micro)
-            found = {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
-        else:
-            found = {"peak_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
-        return found | ({"parts_ms": self.parts(micro)} if self.who == OURS and self.world.size == 1 else {})
+    def peak_gb(self, micro: int) -> float:
+        if not self.cuda:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        self.update(micro)
+        return torch.cuda.max_memory_allocated() / 1e9
 
 
 def take_turns(c: Config, who: str):
-    """What a process of its own does: of each turn, asked for by a line on stdin, it says the seconds of a step; at the end of
-    stdin the rest of its row. A baseline that is not there or does not fit says why.
+    """Runs in a process of its own: prints the seconds of a step for each line on stdin and, at its end, the rest of the row.
+
+    A baseline that is not installed or does not fit prints why.
     """
     try:
-        # The others go without what the trainer sets up for a process.
+        # The baselines do without what the trainer sets up for a process.
         world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
         steps = Steps(c, who, world)
-        micro = fastest_micro(steps) if steps.cuda else min(c.micro_batch_size if who == OURS else c.batch_size, steps.batch)
+        micro = steps.fastest_micro()
         while world.any(world.rank == 0 and bool(sys.stdin.readline())):
-            seconds = steps.seconds(micro)
+            world.say(json.dumps(steps.seconds(micro)))
             if steps.cuda:
-                torch.cuda.empty_cache()  # for the next one's turn
-            say(world, seconds)
-        say(world, {"micro_batch_size": micro} | steps.rest(micro))
+                torch.cuda.empty_cache()  # for the turn of the next one
+        row = {"micro_batch_size": micro, "peak_GB": steps.peak_gb(micro)}
+        world.say(json.dumps(row | ({"parts_ms": steps.parts(micro)} if who == OURS and world.size == 1 else {})))
         distributed.leave()
     except (UserError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
         print(json.dumps({"failed": str(e).strip().split("\n")[0]}), flush=True)
 
 
-def say(world: distributed.World, found):
-    if world.rank == 0:
-        print(json.dumps(found), flush=True)
-
-
-def fastest_micro(steps: Steps) -> int:
-    times = {}
-    for micro in (64, 32, 16, 8, 4):
-        if micro <= steps.batch:
-            with contextlib.suppress(torch.OutOfMemoryError):
-                times[micro] = steps.seconds(micro)
-            torch.cuda.empty_cache()
-    if not times:
-        raise UserError("no micro-batch fits the device's memory")
-    return min(times, key=times.get)
-
-
-class Baseline:
-    """A process that takes turns, and what it has said so far."""
+class Worker:
+    """A process that takes turns, and what it has reported so far."""
 
     def __init__(self, argv: list[str], who: str):
         launch = [sys.executable]
         if who == RANKS:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torch.get_num_threads()}"]
         command = [*launch, str(ROOT / "bench.py"), "train", *argv, f"--one={OURS if who == RANKS else who}"]
+        self.who, self.seconds, self.row = who, [], {}
         self.log = tempfile.TemporaryFile("w+")
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
-        self.who, self.seconds, self.row = who, [], {}
 
     def turn(self):
         if "failed" in self.row:
             return
-        with contextlib.suppress(BrokenPipeError):  # its end is seen by `hear`
+        with contextlib.suppress(BrokenPipeError):  # `read` finds out why
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        found = self.hear()
+        found = self.read()
         if isinstance(found, dict):
             self.row = found
         else:
@@ -192,38 +190,40 @@ class Baseline:
     def end(self):
         if "failed" not in self.row:
             self.process.stdin.close()
-            self.row = self.hear()
+            self.row = self.read()
         self.process.wait()
 
-    def hear(self):
-        """The next thing it says: seconds, or a row."""
+    def read(self):
+        """Returns the next report: seconds, or a row."""
         for line in self.process.stdout:
             try:
                 return json.loads(line)
             except json.JSONDecodeError:
-                print(f"{self.who}: {line}", end="", flush=True)  # what the trainer says
+                print(f"{self.who}: {line}", end="", flush=True)  # the trainer's own output
         self.log.seek(0)
-        return {"failed": (self.log.read().strip().splitlines() or ["it ended without a word"])[-1]}
+        return {"failed": (self.log.read().strip().splitlines() or ["it ended without a message"])[-1]}
 
 
 def compare(argv: list[str], rounds: int) -> dict:
-    """What was found in the rounds of one config, whose device is cuda or cpu; `of`: {who: its row}, see summary."""
+    """Returns the results of one config, whose device is cuda or cpu; `of` maps each model to its row, see `summary`."""
     c = load(argv)
-    names = [*ON[c.device], OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]
-    baselines = []
-    for who in names:
-        baselines.append(Baseline(argv, who))
-        baselines[-1].turn()  # in which it compiles: not counted
-        baselines[-1].seconds.clear()
-    for i in range(rounds):
-        for one in baselines:
-            one.turn()
-        said = [f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in baselines if "failed" not in one.row]
-        print(f"round {i + 1}, ms: {', '.join(said)}", flush=True)
-    for one in baselines:
-        one.end()
-    rows = {one.who: one.row | {"seconds": one.seconds} for one in baselines}
-    found = summary(rows, c.batch_size * c.seq_len)
+    workers = []
+    try:
+        for who in [*ON[c.device], OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]:
+            workers.append(Worker(argv, who))
+            workers[-1].turn()  # it compiles: not counted
+            workers[-1].seconds.clear()
+        for i in range(rounds):
+            for one in workers:
+                one.turn()
+            times = [f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in workers if "failed" not in one.row]
+            print(f"round {i + 1}, ms: {', '.join(times)}", flush=True)
+        for one in workers:
+            one.end()
+    finally:
+        for one in workers:
+            one.process.terminate()
+    found = summary({one.who: one.row | {"seconds": one.seconds} for one in workers}, c.batch_size * c.seq_len)
     if peak := metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None:
         for row in found.values():
             if "failed" not in row:
@@ -232,8 +232,8 @@ def compare(argv: list[str], rounds: int) -> dict:
 
 
 def summary(rows: dict[str, dict], tokens: int) -> dict:
-    """Rows with the `seconds` of each round -> with the median step in their place, as tokens_per_s and ms; and ours_over: the
-    median and the quartiles of the ratio of ours to it, in tokens a second, in the same round.
+    """Replaces the `seconds` of each round by the median step, as tokens_per_s and ms, and adds ours_over: the median and the
+    quartiles, over the rounds, of our tokens per second divided by the row's.
     """
     result = {}
     for who, row in rows.items():
@@ -249,18 +249,15 @@ def summary(rows: dict[str, dict], tokens: int) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':<22}{'tokens/s':>10}{'ms':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (quartiles)"]
+    lines = [f"{'':<30}{'tokens/s':>10}{'ms':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (quartiles)"]
     for who, row in result["of"].items():
         if "failed" in row:
-            lines.append(f"{who:<22}{row['failed']}")
+            lines.append(f"{who:<30}{row['failed']}")
             continue
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-        text = (
-            f"{who:<22}{row['tokens_per_s']:>10,.0f}{row['ms']:>9.1f}{row['micro_batch_size']:>7}{row['peak_GB']:>7.2f}{mfu:>7}"
-        )
-        if "ours_over" in row:
-            text += "   {:.2f} ({:.2f} to {:.2f})".format(*row["ours_over"])
-        lines.append(text)
+        ratio = "   {:.2f} ({:.2f} to {:.2f})".format(*row["ours_over"]) if "ours_over" in row else ""
+        figures = f"{row['tokens_per_s']:>10,.0f}{row['ms']:>9.1f}{row['micro_batch_size']:>7}{row['peak_GB']:>7.2f}"
+        lines.append(f"{who:<30}{figures}{mfu:>7}{ratio}")
     if parts := result["of"][OURS].get("parts_ms"):
         lines.append("of ours, ms: " + ", ".join(f"{part} {ms:.1f}" for part, ms in parts.items()))
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Hugging Face Llama folders, read and written."""
+"""Reads and writes Llama folders in Hugging Face's format."""

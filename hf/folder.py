@@ -1,7 +1,7 @@
-"""Llama folders as Hugging Face's transformers writes and reads them: config.json and safetensors, of one file or of shards.
+"""Llama folders as Hugging Face's transformers writes and reads them: config.json and safetensors, in one file or in shards.
 
-Both lay a head's channels out in halves for the rotary turn (kernels.eager.rotary), so weights go over as they are; q, k and
-v are one matrix here and three there, as are gate and up.
+Both sides lay out a head's channels in halves for the rotary embedding (kernels.eager.rotary), so weights are copied as they
+are; q, k and v are one matrix here and three there, as are gate and up.
 """
 
 import contextlib
@@ -25,31 +25,33 @@ FIELDS = {
     "seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings", "attn_dropout": "attention_dropout",
 }  # fmt: skip
-# What config.json may leave out, as transformers' LlamaConfig has it; where it leaves n_kv_heads out, they are n_heads.
+# What config.json may leave out, with the defaults of transformers' LlamaConfig. n_kv_heads 0 means n_heads.
 DEFAULTS = dict(n_kv_heads=0, seq_len=2048, rope_theta=10000.0, norm_eps=1e-6, tie_embeddings=False, attn_dropout=0.0)
-# What this model computes, of what config.json may ask for.
+# The only values that model.py computes.
 COMPUTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
 ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the plain values of data.tokenizer's state, without the file
+OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the state of data.tokenizer without its file
 TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
 
 
 def load(path) -> dict:
-    """Any Llama, as runtime.checkpoint.load returns it: a checkpoint, a run directory or a Hugging Face folder."""
+    """Loads a Llama from a checkpoint, a run directory or a Hugging Face folder; returns what runtime.checkpoint.load does."""
     return read(path) if is_folder(Path(path)) else checkpoint.load(path)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder of transformers' and not a run directory, which has a config.json too."""
+    """Returns whether `path` is a transformers folder and not a run directory, which has a config.json too."""
     if not (path / "config.json").is_file() or (path / "ckpt.pt").exists():
         return False
     return any(path.glob("*.safetensors*")) or b'"model_type"' in (path / "config.json").read_bytes()
 
 
 def read(folder) -> dict:
-    """A folder's Llama with the entries of a checkpoint: `model` in fp32 under our names, `config` (the fields of
-    ModelConfig), `step` 0, and `tokenizer`: that of tokenizer.model, or that of the checkpoint that was written here; of kind
-    ids where there is neither. Raises UserError of one line for what is damaged, missing, or no Llama of model.py.
+    """Reads a folder's Llama; returns the entries of a checkpoint.
+
+    `model` is in fp32 under our names, `config` has the fields of ModelConfig, `step` is 0, and `tokenizer` is that of
+    tokenizer.model or of the checkpoint that was exported here; its kind is ids if there is neither. Raises UserError if
+    something is damaged or missing, or if it is not a Llama that model.py computes.
     """
     folder = Path(folder)
     values = _json(folder / "config.json")
@@ -57,26 +59,21 @@ def read(folder) -> dict:
         config = from_dict(_fields(values)).model()
     except UserError as e:
         raise UserError(f"{folder / 'config.json'}: {e}") from None
-    model = _tensors(folder, config)
-    return {"model": model, "config": dataclasses.asdict(config), "step": 0, "tokenizer": _tokenizer(folder, values, config)}
+    tokenizer = _tokenizer(folder, values, config)
+    return {"model": _tensors(folder, config), "config": dataclasses.asdict(config), "step": 0, "tokenizer": tokenizer}
 
 
 def write(folder, state: dict, tokenizer) -> bool:
     """Writes a checkpoint's model and its tokenizer (a data.tokenizer.Tokenizer) as a folder that transformers loads.
 
-    Written aside and renamed. -> whether AutoTokenizer reads the vocabulary; its ids are ours where it does. Raises
-    UserError where the folder is there and not empty, and where the weights do not fit the config.
+    The folder is written aside and renamed. Returns whether it has a tokenizer.json, whose ids are ours. Raises UserError
+    if the folder exists and is not empty, and if the weights do not fit the config.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name a new or an empty folder")
     config = ModelConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)})
-    weights = {}
-    for ours, theirs in tensor_names(config).items():
-        whole, rows = state["model"].get(ours), [shape[0] for shape in theirs.values()]
-        if whole is None or whole.shape != (sum(rows), *next(iter(theirs.values()))[1:]):
-            raise UserError(f"{ours}: missing, or of another shape than the checkpoint's own config has")
-        weights |= {name: part.float().clone() for name, part in zip(theirs, whole.split(rows), strict=True)}
+    weights = _their_weights(state["model"], config)
     tokenizer_files = hf_tokenizer.files(tokenizer)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
@@ -95,8 +92,18 @@ def write(folder, state: dict, tokenizer) -> bool:
     return tokenizer_files is not None
 
 
+def _their_weights(model: dict, config: ModelConfig) -> dict[str, torch.Tensor]:
+    weights = {}
+    for ours, theirs in tensor_names(config).items():
+        if ours not in model or model[ours].shape != (sum(s[0] for s in theirs.values()), *next(iter(theirs.values()))[1:]):
+            raise UserError(f"{ours}: missing, or of another shape than the checkpoint's own config has")
+        parts = model[ours].float().split([shape[0] for shape in theirs.values()])
+        weights |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
+    return weights
+
+
 def tensor_names(c: ModelConfig) -> dict[str, dict[str, tuple]]:
-    """Our name of each tensor -> the names and shapes of theirs that, one below the other, are ours."""
+    """Returns for each of our tensors the names and shapes of theirs whose rows, concatenated, make it up."""
     d, kv = c.dim, c.n_kv_heads * c.head_dim
     names = {"embed.weight": {"model.embed_tokens.weight": (c.vocab_size, d)}}
     for i in range(c.n_layers):
@@ -128,18 +135,16 @@ def _json(path: Path) -> dict:
 
 
 def _fields(values: dict) -> dict:
-    """The settings that config.json states. Raises UserError for a model that model.py does not compute."""
+    """Returns the settings in config.json. Raises UserError for a model that model.py does not compute."""
     if values.get("model_type") != "llama":
         raise UserError(f"model_type={values.get('model_type')}: expected llama; no other is read")
     if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
         raise UserError(f"architectures={values['architectures']}: expected LlamaForCausalLM")
-    ropes = [values[name] for name in ("rope_scaling", "rope_parameters") if values.get(name) is not None]
-    for rope in ropes:
-        if (
-            not isinstance(rope, dict)
-            or any(ROPE.get(k, v) != v for k, v in rope.items())
-            or rope.keys() - ROPE - {"rope_theta"}
-        ):
+    for rope in (values.get("rope_scaling"), values.get("rope_parameters")):
+        if rope is None:
+            continue
+        known = isinstance(rope, dict) and not rope.keys() - ROPE - {"rope_theta"}
+        if not known or any(rope.get(name, value) != value for name, value in ROPE.items()):
             raise UserError(f"rotary positions {json.dumps(rope)}: only the unscaled kind, rope_type default, is computed")
         values = values | {name: value for name, value in rope.items() if name == "rope_theta"}
     for name, value in COMPUTED.items():
@@ -148,9 +153,9 @@ def _fields(values: dict) -> dict:
     found = {ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None}
     if lacking := [theirs for ours, theirs in FIELDS.items() if ours not in found | DEFAULTS]:
         raise UserError(f"it has no {', '.join(lacking)}")
-    config = from_dict(DEFAULTS | found)
-    if values.get("head_dim", config.head_dim) not in (None, config.head_dim):
-        raise UserError(f"head_dim={values['head_dim']}: expected hidden_size / num_attention_heads, {config.head_dim}")
+    head_dim = from_dict(DEFAULTS | found).head_dim
+    if values.get("head_dim") not in (None, head_dim):
+        raise UserError(f"head_dim={values['head_dim']}: expected hidden_size / num_attention_heads, {head_dim}")
     return DEFAULTS | found
 
 
@@ -173,12 +178,14 @@ def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
         return state
     if (folder / file).is_file():
         return state | {"model": (folder / file).read_bytes()}
-    return {"kind": "ids", "size": config.vocab_size}  # what nobody left here, as transformers where it saves a model alone
+    return {"kind": "ids", "size": config.vocab_size}  # transformers saved a model without a tokenizer
 
 
 def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The weights in fp32 under our names; all names, shapes and kinds of number are looked at before one is read."""
+    """Reads the weights in fp32 under our names, after all names, shapes and dtypes have been checked."""
     safetensors = _safetensors()
+    wanted = tensor_names(config)
+    shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
     with contextlib.ExitStack() as stack:
         found = {}  # their name -> (file, handle)
         for path in _shards(folder):
@@ -189,25 +196,20 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
             except (safetensors.SafetensorError, OSError) as e:
                 raise UserError(f"{path}: damaged, or not safetensors ({str(e).splitlines()[0]})") from None
             found |= {name: (path, handle) for name in handle.keys()}
-        wanted = tensor_names(config)
-        shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
         for name, shape in shapes.items():
             if name not in found:
                 raise UserError(f"{folder}: has no tensor {name}")
-            path, handle = found[name]
-            stored = handle.get_slice(name)
+            path, stored = found[name][0], found[name][1].get_slice(name)
             if tuple(stored.get_shape()) != shape:
                 raise UserError(f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}")
             if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise UserError(f"{path}: {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16")
-        # Derived, and so not read: rotary tables in old folders, and a tied head.
-        derived = {"lm_head.weight"} if config.tie_embeddings else set()
-        for name in sorted(found.keys() - shapes.keys() - derived):
-            if not name.endswith(".rotary_emb.inv_freq"):
-                raise UserError(f"{found[name][0]}: tensor {name} has no place in this Llama")
-        ours = {}
-        for name, theirs in wanted.items():
-            ours[name] = torch.cat([found[n][1].get_tensor(n).float() for n in theirs])
+        # Derived, and so not read: the rotary tables of old folders, and a tied lm_head.
+        derived = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
+        derived |= {"lm_head.weight"} if config.tie_embeddings else set()
+        if unknown := sorted(found.keys() - shapes.keys() - derived):
+            raise UserError(f"{found[unknown[0]][0]}: tensor {unknown[0]} has no place in this Llama")
+        ours = {n: torch.cat([found[t][1].get_tensor(t).float() for t in theirs]) for n, theirs in wanted.items()}
     return ours | ({"lm_head.weight": ours["embed.weight"]} if config.tie_embeddings else {})
 
 
@@ -224,7 +226,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _safetensors():
-    """The package, which only Hugging Face folders need."""
+    """Imports the package, which only Hugging Face folders need."""
     try:
         import safetensors
         import safetensors.torch

@@ -1,7 +1,10 @@
-"""A vocabulary as the tokenizer.json of the `tokenizers` library, which transformers' AutoTokenizer reads with no code of ours.
+"""Converts a tokenizer to the tokenizer.json of the `tokenizers` library, which transformers' AutoTokenizer reads.
 
-The ids are those of our own encode(). Text that reads like a special token is text like any other, here as there
+The ids are those of our own encode(). Text that looks like a special token is encoded as text, here as there
 (split_special_tokens). transformers puts bos before a text unless told otherwise; our encode() leaves that to its caller.
+
+transformers 5.24 has converters for two of the four kinds, tiktoken and sentencepiece, which give the same ids on our test
+corpus. They are not used: export would need transformers and protobuf, in recent versions, to save 40 lines.
 """
 
 import base64
@@ -9,21 +12,21 @@ import json
 
 
 def files(tokenizer) -> dict[str, str] | None:
-    """tokenizer.json and tokenizer_config.json of a data.tokenizer.Tokenizer; None where it cannot be converted."""
-    make = {"bytes": _bytes, "chars": _chars, "sentencepiece": _sentencepiece, "tiktoken": _tiktoken}.get(tokenizer.kind)
-    made = make(tokenizer) if make else None
-    if made is None or len(made["model"]["vocab"]) != tokenizer.size:
+    """Returns the texts of tokenizer.json and tokenizer_config.json, or None if the tokenizer cannot be converted."""
+    convert = {"bytes": _bytes, "chars": _chars, "sentencepiece": _sentencepiece, "tiktoken": _tiktoken}.get(tokenizer.kind)
+    converted = convert(tokenizer) if convert else None
+    if converted is None or len(converted["model"]["vocab"]) != tokenizer.size:
         return None
-    tokens = {i: token for token, i in made["model"]["vocab"].items()}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None} | made
+    tokens = {i: token for token, i in converted["model"]["vocab"].items()}
     literal = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None} | converted
     whole["added_tokens"] = [{"id": i, "content": tokens[i]} | literal for i in sorted(tokenizer.special)]
     whole["post_processor"] = None if tokenizer.bos is None else _bos_first(tokens[tokenizer.bos], tokenizer.bos)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, "clean_up_tokenization_spaces": False}
     named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
     config |= {name: tokens[i] for name, i in named.items() if i is not None}
-    if made["model"].get("unk_token"):
-        config["unk_token"] = made["model"]["unk_token"]
+    if converted["model"].get("unk_token"):
+        config["unk_token"] = converted["model"]["unk_token"]
     return {"tokenizer.json": json.dumps(whole, ensure_ascii=False), "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
@@ -34,19 +37,19 @@ def _bos_first(token: str, i: int) -> dict:
 
 
 def _bpe(vocab: dict[str, int], merges: list[str], **options) -> dict:
-    defaults = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    defaults |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    return {"type": "BPE"} | defaults | options | {"vocab": vocab, "merges": merges}
+    return {"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False} | options | {
+        "vocab": vocab, "merges": merges
+    }  # fmt: skip
 
 
-def _merges(ranked: list, parts: dict) -> list[str]:
-    """All pairs of `parts` that make up one of the ranked tokens, by its rank: what BPE on ranks of tokens merges.
+def _merges(ranked: list, text: dict) -> list[str]:
+    """Returns all pairs of tokens that make up one of the `ranked` tokens, in its rank's order; `text` names the tokens.
 
-    Where two pairs make one token, the order of BPE on pairs is theirs, and not that of their places in the text; a trained
-    vocabulary reaches a token by one pair alone.
+    If two pairs make up one token, BPE on pairs merges them in this order and not in that of their places in the text; a
+    trained vocabulary reaches a token through one pair only.
     """
-    cuts = ((token[:i], token[i:]) for token in ranked for i in range(1, len(token)))
-    return [f"{parts[left]} {parts[right]}" for left, right in cuts if left in parts and right in parts]
+    pairs = ((token[:i], token[i:]) for token in ranked for i in range(1, len(token)))
+    return [f"{text[left]} {text[right]}" for left, right in pairs if left in text and right in text]
 
 
 def _bytes(tokenizer) -> dict:
@@ -63,46 +66,46 @@ def _chars(tokenizer) -> dict:
 
 
 def _tiktoken(tokenizer) -> dict:
-    characters, ranks = _byte_characters(), {}
-    for line in tokenizer.model.splitlines():
-        if line:
-            token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
-    shown = {token: "".join(characters[b] for b in token) for token in ranks}
-    vocab = {shown[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": tokenizer.bos}
-    merges = _merges(sorted(ranks, key=ranks.get), shown)
+    characters = _byte_characters()
+    lines = (line.split() for line in tokenizer.model.splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    text = {token: "".join(characters[b] for b in token) for token in ranks}
+    vocab = {text[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": tokenizer.bos}
+    merges = _merges(sorted(ranks, key=ranks.get), text)
     return _byte_level(use_regex=True) | {"model": _bpe(vocab, merges, ignore_merges=True)}  # a word that is a token is one
 
 
 def _byte_level(use_regex: bool) -> dict:
-    """Bytes as characters, and with use_regex GPT-2's tokenizer."""
+    """Bytes as characters; with use_regex, text is split into words as by GPT-2's tokenizer."""
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
     return {"pre_tokenizer": step, "decoder": step}
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's character for each byte: its own where it prints, else one from U+0100 on."""
-    prints, other = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
-    return [chr(b if b in prints else next(other)) for b in range(256)]
+    """GPT-2's character for each byte: the byte's own if it is printable, else one from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    other = iter(range(256, 512))
+    return [chr(b if b in printable else next(other)) for b in range(256)]
 
 
 def _sentencepiece(tokenizer) -> dict | None:
-    """BPE whose normaliser changes nothing but spaces, as data.bpe and Llama's makers trained it; None for another model."""
+    """Converts BPE whose normalizer changes nothing but spaces, as data.bpe and Llama have it; None for other models."""
     sp = tokenizer.sp
     vocab = {sp.id_to_piece(i): i for i in range(tokenizer.size)}
     plain = {piece: i for piece, i in vocab.items() if i not in tokenizer.special and not sp.is_byte(i)}
     scores = {piece: sp.get_score(i) for piece, i in plain.items() if len(piece) > 1}
-    # In BPE a score is a rank, each once; symbols of the user's, which come before all merges, share the first merge's.
+    # In BPE each score is a rank of its own; user-defined symbols, which come before all merges, share the first merge's.
     ranks = all(map(float.is_integer, scores.values())) and len(set(scores.values())) == len(scores)
     unused = any(sp.is_unused(i) for i in range(tokenizer.size))
     if not (tokenizer.lossless and ranks) or unused:
         return None
-    first = sp.normalize("x") != "x"  # a space before each text
+    prefix = sp.normalize("x") != "x"  # a space is put before each text
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space] if first else [space]}
+    steps = [{"type": "Prepend", "prepend": "\u2581"}, space] if prefix else [space]
     back = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if first else []
+    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     merges = _merges(sorted(scores, key=scores.get, reverse=True), {piece: piece for piece in plain})
-    options = {"unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True}
-    model = _bpe(vocab, merges, **options, byte_fallback=any(sp.is_byte(i) for i in range(tokenizer.size)))
+    byte_fallback = any(sp.is_byte(i) for i in range(tokenizer.size))
+    model = _bpe(vocab, merges, unk_token=sp.id_to_piece(sp.unk_id()), fuse_unk=True, byte_fallback=byte_fallback)
+    normalizer = {"type": "Sequence", "normalizers": steps}
     return {"normalizer": normalizer, "decoder": {"type": "Sequence", "decoders": back}, "model": model}

@@ -1,48 +1,69 @@
-"""The model's ops: `eager` defines each in plain torch, `fused` has the same functions on Triton."""
+"""Op sets: modules that offer the same functions, of which a model is given one.
 
+eager  defines each op in plain PyTorch
+sdpa   PyTorch's own fused kernels
+fused  Triton kernels
+"""
+
+import functools
+import importlib
 import importlib.util
 import os
 import sys
+import warnings
+
+import torch
 
 from errors import UserError
 
-HEAD_DIMS = (16, 32, 64, 128)  # those that the fused attention takes
+HEAD_DIMS = (16, 32, 64, 128)  # that the Triton attention supports
 
 
-class KernelError(UserError):
-    """An op set that cannot run here. The message is one line."""
+def choose(name: str, device, head_dim: int, dtype=None, say=None):
+    """Returns the op set (a module) for --kernels=name, a torch.device, a head dim and the dtype of the activations.
 
-
-def choose(name: str, device, head_dim: int):
-    """The op set (a module) for --kernels=name on a torch.device.
-
-    auto: fused on an NVIDIA GPU of compute capability 8.0 or newer with Triton installed, for a head dim it takes; else
-    eager. fused on a CPU runs in Triton's interpreter: exact, and some thousand times slower. Raises KernelError.
+    auto: fused on an NVIDIA GPU with 16-bit activations if nothing speaks against it, else sdpa; `say`, if given, is called
+    with one line that names the choice and the reason. Raises errors.UserError if the named set cannot run here.
     """
-    from kernels import eager
+    if name in ("auto", "fused"):
+        reason = _why_not_fused(device, head_dim)
+        if name == "fused" and reason:
+            raise UserError(f"kernels=fused: {reason}; use --kernels=auto")
+        if name == "fused" and device.type == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+            warnings.warn("kernels=fused on a CPU runs in Triton's interpreter, a thousand times slower", stacklevel=2)
+        if name == "auto":
+            if device.type == "cpu":
+                reason = "this is a CPU"
+            elif dtype == torch.float32:
+                reason = reason or "the Triton attention is made for 16-bit activations"
+            name = "sdpa" if reason else "fused"
+            if say:
+                say(f"kernels: {name}" + (f", because {reason}" if reason else ""))
+    return importlib.import_module(f"kernels.{name}")
 
-    if name == "eager" or (name == "auto" and not _fits(device, head_dim)):
-        return eager
+
+def _why_not_fused(device, head_dim: int) -> str | None:
+    """Returns why the Triton kernels cannot run on a device, or None."""
     if head_dim not in HEAD_DIMS:
-        raise KernelError(
-            f"kernels=fused: head dim {head_dim}, but they take {', '.join(map(str, HEAD_DIMS))}; use --kernels=eager"
-        )
+        return f"the Triton kernels take head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if importlib.util.find_spec("triton") is None:
-        raise KernelError("kernels=fused: Triton is not installed; use --kernels=eager, or: pip install triton (Linux)")
-    if device.type not in ("cuda", "cpu"):
-        raise KernelError(f"kernels=fused: Triton does not run on {device.type}; use --kernels=eager")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        if "triton" in sys.modules:
-            raise KernelError("kernels=fused: on a CPU, set TRITON_INTERPRET=1 before Triton is imported")
-        os.environ["TRITON_INTERPRET"] = "1"
-    from kernels import fused
+        return "Triton is not installed (Linux: pip install triton)"
+    if device.type == "cpu":
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            return "on a CPU, TRITON_INTERPRET=1 must be set before Triton is imported"
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"the Triton kernels run on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the Triton kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} is older"
+    return _probe(device)
 
-    return fused
 
-
-def _fits(device, head_dim: int) -> bool:
-    import torch
-
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    return head_dim in HEAD_DIMS and importlib.util.find_spec("triton") is not None
+@functools.cache
+def _probe(device) -> str | None:
+    """Builds and runs a small kernel: without a C compiler or Python's headers, Triton fails only at its first launch."""
+    try:
+        importlib.import_module("kernels.swiglu").swiglu(torch.ones(1, 2, device=device))
+    except Exception as e:  # each missing part raises an exception of its own class
+        return f"Triton does not work on this machine ({(str(e).strip() or type(e).__name__).splitlines()[0]})"

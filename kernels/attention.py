@@ -1,22 +1,24 @@
-"""Causal attention, forward and backward, on Triton. Dao 2023 (FlashAttention-2), Rabe & Staats 2021.
+"""Causal attention, forward and backward, in Triton. FlashAttention-2, Dao 2023; Rabe & Staats 2021.
 
     S = c q k^T    P = softmax(S) over the keys up to the query's position    o = (M P) v        c = 1 / sqrt(Dh)
     delta = rowsum(do o)    dS = P (M (do v^T) - delta)    dq = c dS k    dk = c dS^T q    dv = (M P)^T do
 
-No (Tq, Tk) matrix exists in memory. Forward keeps a block of queries and walks over the keys with a running maximum and
-sum; it saves log2(sum exp), from which backward recomputes P. M is dropout's mask, 0 or 1 / (share kept): never stored, a
-function of (sequence seed, head, position, key), drawn again wherever it is needed; eager.dropout_mask defines it.
+No (Tq, Tk) matrix is stored. The forward kernel holds a block of queries and loops over the keys with a running maximum m_i
+and sum l_i; it saves lse = log2(sum exp), from which the backward kernels recompute P. M is the dropout mask, 0 or
+1 / (share kept). It is not stored either: it is a function of (sequence seed, head, query position, key), defined by
+eager.dropout_mask, and each kernel computes it again.
 
-Counting the causal half, forward is 4 B H T^2 Dh / 2 FLOPs, backward 2.5 times that. At Dh = 64 the exponentials cost as
-many cycles as the matmuls, so what counts is that two or three programs share a multiprocessor and overlap the two:
-registers and shared memory decide the tiles, which `TILES` lists. Full blocks run without a mask, and only those that the
-diagonal crosses with one. The scale joins log2(e) in the exponent, after the dot: scaling q or k first would round them twice.
+FLOPs, of the causal half: forward 4 B H T^2 Dh / 2, backward 2.5 times that. At Dh = 64 the exponentials take as many cycles
+as the matmuls, so a multiprocessor needs two or three resident programs to overlap the two: registers and shared memory
+decide the tile sizes in `TILES`. Key blocks that every query of the program sees run without a mask; only those on the
+diagonal run with one. The scale is applied after the dot product, together with log2(e): scaling q or k would round them
+twice.
 
-Backward is two kernels of which each recomputes S: one owns a block of keys (dk, dv), one a block of queries (dq). That is 7
-matmuls where 5 would do, but needs no atomics: the same bits every run, and each kernel has the tile that suits it. With
-grouped queries the dk, dv program loops over the query heads of its key head, so K and V are never repeated.
+Backward is two kernels that both recompute S: one owns a block of keys (dk, dv), the other a block of queries (dq). That is
+7 matmuls instead of 5, but it needs no atomics, so the bits are the same in every run, and each kernel has the tile size
+that suits it. With grouped queries the dk, dv program loops over the query heads of its key head; K and V are never repeated.
 
-Program ids become int64 before they are multiplied; offsets inside a tile are int32.
+Program ids are cast to int64 before they are multiplied; offsets inside a tile are int32.
 """
 
 import torch
@@ -28,7 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def keep_mask(seed, head, first_query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPPED: tl.constexpr):
-    """Which probabilities of a tile dropout keeps, (QUERIES, KEYS): a Philox call gives 16 bytes, one for each of 16 keys."""
+    """The probabilities of a tile that dropout keeps, (QUERIES, KEYS). One Philox call gives 16 bytes, for 16 keys."""
     query = (first_query + tl.arange(0, QUERIES)[:, None]).to(tl.uint32)  # (QUERIES, 1)
     group = (first_key // 16 + tl.arange(0, KEYS // 16)[None, :]).to(tl.uint32)  # (1, KEYS/16)
     query, group = tl.broadcast(query, group)  # (QUERIES, KEYS/16)
@@ -60,7 +62,7 @@ def attention_forward_kernel(
     blocks = tl.cdiv(Tq, QUERIES)
     program = tl.program_id(0).to(tl.int64)
     head, b = program // blocks % H, program // blocks // H
-    start = (blocks - 1 - program % blocks) * QUERIES  # the longest rows first, so that short ones fill the tail
+    start = (blocks - 1 - program % blocks) * QUERIES  # longest rows first, so that short ones fill the tail
     seed = tl.load(seed_ptr + b) if DROPPED else 0
 
     i, n, d = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, D)
@@ -72,9 +74,9 @@ def attention_forward_kernel(
     inside = start + i < Tq
     q = tl.load(q_ptr + i[:, None] * q_stride_t + d[None, :], mask=inside[:, None], other=0.0)  # (QUERIES, D)
 
-    acc = tl.zeros((QUERIES, D), tl.float32)  # sum of P v, to the base of `top`
-    total = tl.zeros((QUERIES,), tl.float32)  # sum of P
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)  # maximum of S log2(e)
+    acc = tl.zeros((QUERIES, D), tl.float32)  # sum of exp2(S log2(e) - m_i) v
+    l_i = tl.zeros((QUERIES,), tl.float32)  # sum of exp2(S log2(e) - m_i)
+    m_i = tl.full((QUERIES,), -float("inf"), tl.float32)  # maximum of S log2(e)
     first = (start + Tk - Tq).to(tl.int32)  # position of the first query: the queries are the last Tq of Tk
     full = (first + 1) // KEYS * KEYS  # keys before this are seen by every query of the block
     end = tl.minimum(first + QUERIES, Tk)
@@ -87,19 +89,19 @@ def attention_forward_kernel(
             s = tl.dot(q, k, input_precision="ieee") * (scale * LOG2E)  # (QUERIES, KEYS)
             if MASKED:
                 s = tl.where(first + i[:, None] >= key + n[None, :], s, -float("inf"))
-            new_top = tl.maximum(top, tl.max(s, axis=1))
-            shrink = tl.exp2(top - new_top)
-            p = tl.exp2(s - new_top[:, None])  # (QUERIES, KEYS)
-            total = total * shrink + tl.sum(p, axis=1)
+            m_new = tl.maximum(m_i, tl.max(s, axis=1))
+            alpha = tl.exp2(m_i - m_new)
+            p = tl.exp2(s - m_new[:, None])  # (QUERIES, KEYS)
+            l_i = l_i * alpha + tl.sum(p, axis=1)
             if DROPPED:
                 p = tl.where(keep_mask(seed, head, first, key, QUERIES, KEYS, DROPPED), p, 0.0)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            top = new_top
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            m_i = m_new
 
-    out = acc / total[:, None] * (256 / (256 - DROPPED))
+    out = acc / l_i[:, None] * (256 / (256 - DROPPED))
     out_ptr += ((b * Tq + start) * H + head) * D
     tl.store(out_ptr + i[:, None] * (H * D) + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse_ptr + (b * H + head) * Tq + start + i, top + tl.log2(total), mask=inside)
+    tl.store(lse_ptr + (b * H + head) * Tq + start + i, m_i + tl.log2(l_i), mask=inside)
 
 
 @triton.jit
@@ -191,7 +193,7 @@ def attention_dkdv_kernel(
     blocks = tl.cdiv(Tk, KEYS)
     program = tl.program_id(0).to(tl.int64)
     kv_head, b = program // blocks % HKV, program // blocks // HKV
-    start = program % blocks * KEYS  # the first keys are seen by the most queries: longest first here too
+    start = program % blocks * KEYS  # the first keys are seen by the most queries: again the longest first
     seed = tl.load(seed_ptr + b) if DROPPED else 0
 
     i, n, d = tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, D)
@@ -208,7 +210,7 @@ def attention_dkdv_kernel(
     past = Tk - Tq  # position of query row 0
     first = start.to(tl.int32)
     begin = tl.maximum(first - past, 0) // QUERIES * QUERIES  # query rows before this see none of these keys
-    full = tl.cdiv(tl.maximum(first + KEYS - 1 - past, 0), QUERIES) * QUERIES  # from here on they see all of them
+    full = tl.cdiv(tl.maximum(first + KEYS - 1 - past, 0), QUERIES) * QUERIES  # query rows from here on see all of them
     full = tl.minimum(full, tl.cdiv(Tq, QUERIES) * QUERIES)
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         q_head = q_ptr + b * q_stride_b + head * q_stride_h
@@ -216,8 +218,8 @@ def attention_dkdv_kernel(
         stats = (b * H + head) * Tq
         for MASKED in tl.static_range(1, -1, -1):
             for query in tl.range(begin if MASKED else full, full if MASKED else Tq, QUERIES, num_stages=1 if MASKED else None):
-                # Rows beyond Tq load as zeros and add zeros. Tiles stand transposed, keys by queries, so that P and dS
-                # go into the next matmuls from registers.
+                # Rows beyond Tq are loaded as zeros and contribute nothing. The tiles are transposed, keys by queries, so that
+                # P and dS enter the next matmuls from registers.
                 row = tl.cast(query, tl.int64)
                 present = query + i < Tq
                 q = tl.load(q_head + row * q_stride_t + q_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
@@ -243,17 +245,17 @@ def attention_dkdv_kernel(
 # fmt: on
 
 
-TILES = {  # (Dh): queries, keys, warps, stages, for 16-bit types; Hopper's matmuls want 64 rows, of keys in dk and dv
+TILES = {  # Dh: (queries, keys, warps, stages) for 16-bit types. Hopper's matmul needs 64 rows: of keys, in dk and dv
     "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
     "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
     "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
     "dkdv dropout": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
 }
-SMALL = (32, 32, 4, 2)  # fp32 runs on the plain arithmetic units, and spills; before Hopper, accumulators crowd the registers
+SMALL = (32, 32, 4, 2)  # for fp32, and for dk and dv before Hopper, where larger accumulators do not fit the registers
 
 
 def tile(kernel, dtype, D, dropout_p, capability=90):
-    """The block sizes and launch options of a kernel: at Dh = 64 none spills on sm_80, sm_90 or sm_100 (LOG.md)."""
+    """Returns the block sizes and launch options of a kernel. At Dh = 64 none spills on sm_80, sm_90 or sm_100."""
     small = dtype == torch.float32 or (kernel == "dkdv" and capability < 90)
     table = TILES["dkdv dropout" if kernel == "dkdv" and dropout_p > 0 else kernel]
     queries, keys, warps, stages = SMALL if small else table[D]
@@ -266,12 +268,12 @@ def check(q, k, v, dropout_p, seed):
     assert q.dtype == k.dtype == v.dtype, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype"
     assert H % Hkv == 0, f"{H} query heads: expected a multiple of the {Hkv} key heads"
     assert 1 <= Tq <= Tk, f"{Tq} queries for {Tk} keys: expected 1 to {Tk}, the last positions"
-    assert D in TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=eager"
+    assert D in TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=sdpa"
     assert 0 <= dropout_p < 1 and (dropout_p == 0 or seed.shape == (B,)), f"dropout {dropout_p}: expected 0 <= p < 1, seed (B,)"
 
 
 def rows(x):
-    """x itself where its last dim is contiguous, else a copy that is."""
+    """Returns x if its last dim is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -290,7 +292,7 @@ def launch(name, kernel, q, k, v, tensors, dropout_p):
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out (B, Tq, H, D) and, for backward, lse (B, H, Tq) in fp32."""
+    """Returns out (B, Tq, H, D) and, for the backward pass, lse (B, H, Tq) in fp32."""
     check(q, k, v, dropout_p, seed)
     B, Tq, H, _ = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
@@ -330,7 +332,7 @@ def _(q, k, v, seed, out, lse, do, dropout_p):
 def save(ctx, inputs, output):
     q, k, v, ctx.dropout_p, seed = inputs
     ctx.save_for_backward(q, k, v, seed, *output)
-    ctx.set_materialize_grads(False)  # lse has none
+    ctx.set_materialize_grads(False)  # lse has no gradient
 
 
 def gradient(ctx, do, _):
@@ -341,7 +343,7 @@ attention.register_autograd(gradient, setup_context=save)
 
 
 def causal_attention(q, k, v, dropout_p=0.0, seed=None):
-    """softmax(q k^T / sqrt(Dh)) v, each query seeing the keys up to its own position.
+    """softmax(q k^T / sqrt(Dh)) v, where each query sees the keys up to its own position.
 
     q (B, Tq, H, Dh); k, v (B, Tk, Hkv, Dh) with Tq <= Tk: the queries are the last Tq positions (Tq < Tk with a KV
     cache). Query head h reads key head h // (H / Hkv). Dropout takes seed (B,) int64, a key for each sequence.

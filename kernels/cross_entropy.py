@@ -1,30 +1,30 @@
-"""The head's matmul and the cross-entropy of its logits, with the gradient made on the spot.
+"""The lm_head's matmul and the cross-entropy of its logits, with the gradient computed in the forward pass.
 
     logits = x weight^T (torch)    loss = logsumexp(logits) - logits[target]    dlogits = softmax(logits) - onehot(target)
     dx = dlogits weight (torch)    dw = dlogits^T x (torch)
 
-At 65,536 tokens and 32,000 words the logits are the largest tensor of a training step, 4.2 GB in bf16. The Triton pass
-moves each once in and once out, 8.4 GB: it reads the loss off a row and overwrites the row with its gradient, in the
-buffer that this op allocated and nobody else sees. dx and dw are formed from it while it is there, so that what outlives
-the op is as large as x and weight, and backward only scales the two. Where the logits would not fit, the rows go
-through in chunks, and dw is summed over these in fp32.
+At 65,536 tokens and a vocabulary of 32,000 the logits are the largest tensor of a training step, 4.2 GB in bf16. The Triton
+kernel reads and writes each of them once, 8.4 GB: it computes the loss of a row and overwrites the row with its gradient, in
+a buffer that this op allocated and nobody else sees. dx and dw are formed from it at once, so that what outlives the op is
+as large as x and weight, and backward only scales the two. If the logits would not fit into memory, the rows are processed
+in chunks, and dw is summed over these in fp32.
 
-A program takes one row, in blocks, twice: for the running maximum and sum of exponentials (Milakov & Gimelshein 2018), then
-for the gradient. The second read comes from the L2 cache: 132 multiprocessors with 4 rows of 64 KB each are 34 MB. Holding
-the row in registers instead would fill a multiprocessor with one program, and bind the code to one V.
+A program processes one row, block by block, in two passes: one for the running maximum m_i and sum of exponentials l_i
+(Milakov & Gimelshein 2018), one for the gradient. The second pass reads from the L2 cache: 132 multiprocessors with 4 rows of
+64 KB each are 34 MB. Holding a row in registers instead would leave room for one program per multiprocessor, and fix V.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-IGNORED = -100  # the target that counts for nothing
+IGNORED = -100  # targets with this value have no loss and no gradient
 BLOCK, WARPS = 8192, 8
 
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr,  # (N, V); with GRADIENT its rows are overwritten by theirs
+    logits_ptr,  # (N, V), overwritten by their gradients if GRADIENT
     targets_ptr,  # (N,) int64
     loss_ptr,  # (N,) fp32
     V: tl.constexpr,
@@ -37,19 +37,20 @@ def cross_entropy_kernel(
     target = tl.load(targets_ptr + row)
     counts = target != IGNORED
 
-    largest, total = -float("inf"), 0.0
+    m_i = -float("inf")
+    l_i = 0.0
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
         z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)  # (BLOCK,)
-        new_largest = tl.maximum(largest, tl.max(z, axis=0))
-        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(z - new_largest), axis=0)
-        largest = new_largest
-    lse = largest + tl.log(total)
+        m_new = tl.maximum(m_i, tl.max(z, axis=0))
+        l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
+        m_i = m_new
+    lse = m_i + tl.log(l_i)
 
     z_target = tl.load(logits_ptr + target, mask=counts, other=0.0).to(tl.float32)
     tl.store(loss_ptr + row, tl.where(counts, lse - z_target, 0.0))
     if GRADIENT:
-        tl.debug_barrier()  # the target's logit is read before any thread overwrites it
+        tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
@@ -59,9 +60,9 @@ def cross_entropy_kernel(
 
 
 def loss_and_dlogits(logits, targets, gradient=True):
-    """Losses (N,) in fp32 of logits (N, V), contiguous; with `gradient` their gradients overwrite the logits.
+    """Returns the losses (N,) in fp32 of contiguous logits (N, V); with `gradient`, their gradients overwrite the logits.
 
-    Targets (N,) int64 lie in 0..V-1 or are -100: loss and gradient 0.
+    Targets (N,) int64 lie in 0..V-1, or are -100: then loss and gradient are 0.
     """
     N, V = logits.shape
     assert logits.is_contiguous() and targets.is_contiguous()
@@ -72,16 +73,16 @@ def loss_and_dlogits(logits, targets, gradient=True):
 
 
 def chunk_rows(x, weight):
-    """How many rows of logits may stand in memory at once: an eighth of the card's, or 1 GiB on a CPU."""
-    room = torch.cuda.get_device_properties(x.device).total_memory // 8 if x.is_cuda else 2**30
-    return max(1, room // (weight.shape[0] * x.element_size()))
+    """Returns how many rows of logits may be in memory at once: an eighth of the GPU's, or 1 GiB on a CPU."""
+    size = torch.cuda.get_device_properties(x.device).total_memory // 8 if x.is_cuda else 2**30
+    return max(1, size // (weight.shape[0] * x.element_size()))
 
 
 @torch.library.custom_op("copyllama::linear_cross_entropy_sum", mutates_args=())
 def linear_cross_entropy_sum(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> the sum of the losses, fp32, and with `gradient` its dx and dw (else empty), from `rows` rows at a time."""
+    """Returns the sum of the losses in fp32 and, with `gradient`, dx and dw (else empty), `rows` rows at a time."""
     N, targets = len(x), targets.contiguous()
     losses = x.new_empty(N, dtype=torch.float32)
     dx = x.new_empty(x.shape if gradient else 0)
@@ -104,7 +105,7 @@ def _(x, weight, targets, rows, gradient):
 
 def save(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # dx and dw are nobody's outputs: no zeros for them
+    ctx.set_materialize_grads(False)  # dx and dw are outputs that nobody differentiates
 
 
 def gradient(ctx, g, *_):

@@ -1,6 +1,6 @@
-"""The model's arithmetic in plain torch: the definition of every op, the oracle of the kernels, and the CPU path.
+"""Defines every op of the model in plain PyTorch. The other op sets are tested against this one.
 
-Each op computes in fp32 (in fp64 where its input is fp64, for tests) and rounds once, at its output.
+Each op computes in fp32 (in fp64 if its input is fp64, which the tests use) and rounds once, at its output.
 B, T, H, Dh, D, F, V: batch, time, heads, head dim, model dim, feed-forward dim, vocabulary.
 """
 
@@ -20,7 +20,7 @@ def rms_norm(x, weight, eps):
 
 
 def add_rms_norm(x, residual, weight, eps):
-    """The residual add and the norm after it: x, residual (..., D) -> (rms_norm(x + residual), x + residual)."""
+    """Residual addition and the norm that follows it. x, residual (..., D) -> (rms_norm(x + residual), x + residual)."""
     h = x + residual
     return rms_norm(h, weight, eps), h
 
@@ -28,9 +28,10 @@ def add_rms_norm(x, residual, weight, eps):
 def rotary(q, k, cos, sin):
     """Rotates channel pairs (i, i + Dh/2) by the angle of their position. Su et al. 2021, half-split layout.
 
-    q (B, T, H, Dh), k (B, T, Hkv, Dh); cos, sin (T, Dh/2) fp32, the rows of the positions at hand -> (q, k) rotated.
+    q (B, T, H, Dh), k (B, T, Hkv, Dh); cos, sin (T, Dh/2) fp32, the rows of these T positions -> (q, k) rotated.
     """
-    cos, sin = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]  # (T, 1, Dh)
+    cos = torch.cat((cos, cos), -1)[:, None]  # (T, 1, Dh)
+    sin = torch.cat((-sin, sin), -1)[:, None]  # (T, 1, Dh)
 
     def rotate(x):
         h = _up(x)
@@ -40,39 +41,26 @@ def rotary(q, k, cos, sin):
 
 
 def causal_attention(q, k, v, dropout_p=0.0, seed=None):
-    """softmax(q k^T / sqrt(Dh)) v, each query seeing the keys up to its own position.
+    """softmax(q k^T / sqrt(Dh)) v, where each query sees the keys up to its own position.
 
     q (B, Tq, H, Dh); k, v (B, Tk, Hkv, Dh) with Tq <= Tk: the queries are the last Tq positions (Tq < Tk with a KV
     cache). Query head h reads key head h // (H / Hkv). Dropout takes seed (B,) int64, a key for each sequence: the
     same key gives the same mask, whatever batch or rank the sequence is in. -> (B, Tq, H, Dh).
     """
-    Tq, past = q.shape[1], k.shape[1] - q.shape[1]
-    block = max(64, -(-Tq // 4))  # queries at a time, which read no key after their block: a third less work
-    hq, hk, hv = map(_up, (q, k, v))
-    parts = [(hq[:, i : i + block], hk[:, : past + i + block], hv[:, : past + i + block]) for i in range(0, Tq, block)]
-    return torch.cat([_attend(*part, dropout_p, seed) for part in parts], dim=1).to(q.dtype)
-
-
-def _attend(q, k, v, dropout_p, seed):
     probs = attention_probs(q, k)  # (B, H, Tq, Tk)
     if dropout_p > 0:
         probs = probs * dropout_mask(seed, probs.shape, dropout_p)
-    v = _heads(v, q.shape[2])  # (B * H, Tk, Dh)
-    return torch.bmm(probs.flatten(0, 1), v).unflatten(0, probs.shape[:2]).transpose(1, 2)
+    v = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).transpose(1, 2)  # (B, H, Tk, Dh)
+    return (probs @ _up(v)).transpose(1, 2).to(q.dtype)
 
 
 def attention_probs(q, k):
-    """The probabilities of causal_attention, (B, H, Tq, Tk) in fp32. Also what the evaluation looks at."""
-    (B, Tq, H, Dh), Tk = q.shape, k.shape[1]
-    future = q.new_full((Tq, Tk), float("-inf"), dtype=_up(q).dtype).triu(Tk - Tq + 1)
-    scores = torch.baddbmm(future, _heads(q, H), _heads(k, H).transpose(1, 2), alpha=Dh**-0.5)
-    return scores.softmax(-1).view(B, H, Tq, Tk)
-
-
-def _heads(x, H):
-    """x (B, T, Hx, Dh) -> (B * H, T, Dh), each of the Hx heads standing for H / Hx query heads."""
-    x = x if x.shape[2] == H else x.repeat_interleave(H // x.shape[2], dim=2)
-    return _up(x).transpose(1, 2).flatten(0, 1)
+    """The probabilities of causal_attention, (B, H, Tq, Tk) in fp32. The evaluation of heads reads them."""
+    (Tq, H, Dh), Tk = q.shape[1:], k.shape[1]
+    k = k.repeat_interleave(H // k.shape[2], dim=2)  # (B, Tk, H, Dh)
+    scores = _up(q).transpose(1, 2) @ _up(k).permute(0, 2, 3, 1) * Dh**-0.5  # (B, H, Tq, Tk)
+    future = scores.new_ones((Tq, Tk), dtype=torch.bool).triu(Tk - Tq + 1)
+    return scores.masked_fill(future, float("-inf")).softmax(-1)
 
 
 def swiglu(gate_up):
@@ -82,16 +70,16 @@ def swiglu(gate_up):
 
 
 def linear_cross_entropy(x, weight, targets):
-    """Mean of -log softmax(x weight^T)[target] over the targets that are not -100, in nats; NaN where all are.
+    """Mean of -log softmax(x weight^T)[target] over the targets that are not -100, in nats; NaN if all are -100.
 
-    x (N, D), weight (V, D), targets (N,) int64 -> scalar. The logits round to the dtype of x, as the product of two
-    matrices does; what follows is fp32.
+    x (N, D), weight (V, D), targets (N,) int64 -> scalar. The logits are rounded to the dtype of x, as a matrix
+    product's are; everything after them is fp32.
     """
     return F.cross_entropy(_up(F.linear(x, weight)), targets)
 
 
 def dropout_mask(seed, shape, p):
-    """What dropout multiplies the probabilities by: 0, or 1 / (share kept). seed (B,), shape (B, H, Tq, Tk) -> fp32.
+    """The factors that dropout multiplies probabilities by: 0, or 1 / (share kept). seed (B,), shape (B, H, Tq, Tk) -> fp32.
 
     Each group of 16 keys is one call of the counter-based generator Philox4x32-7 (Salmon et al. 2011) with the
     sequence's seed as key and (query position, head, group) as counter; each of its 16 bytes decides one key. So p is
@@ -113,7 +101,7 @@ def philox(key, c0, c1, c2, rounds=7):
     k0, k1 = key & low, (key >> 32) & low
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2 | (key & 0), torch.zeros_like(key))
     for _ in range(rounds):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps, the bits are right
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps, but the 64 bits are right
         c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     return c0, c1, c2, c3

@@ -1,8 +1,8 @@
-"""The op set of kernels.eager, with the same names and signatures, on Triton."""
+"""The op set of kernels.eager in Triton, with the same names and signatures."""
 
 from kernels.attention import causal_attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.eager import attention_probs  # the evaluation looks at whole probability matrices: no kernel makes them
+from kernels.eager import attention_probs  # the evaluation reads whole probability matrices, which no kernel makes
 from kernels.rmsnorm import add_rms_norm, rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu

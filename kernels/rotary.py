@@ -1,16 +1,17 @@
-"""Rotary positions for q and k in one launch, on Triton. Su et al. 2021, half-split layout.
+"""Rotary position embedding of q and k in one launch, in Triton. Su et al. 2021, half-split layout.
 
     y1 = x1 cos - x2 sin    y2 = x2 cos + x1 sin        x1, x2: the first and second half of a head's channels
 
-A rotation's gradient is the rotation back: backward is the same kernel with the angle negated, and saves only the tables.
+The gradient of a rotation is the inverse rotation: backward is the same kernel with the angle negated, and saves only the
+tables.
 
-It reads and writes q and k once, 4 bytes an element in bf16: 0.40 GB at 65,536 tokens of 12 + 12 heads of 64. Why a pass
-of its own, by counting: inside attention's loads the write and the second read would be saved, but each key block would be
-rotated again by every query block that loads it (4.5 times on average at T = 1024 and 128 rows), forward and in both
-backward kernels, in loops that are bound by exponentials and registers, not by memory; and the KV cache wants rotated
-keys. q and k are read where the packed projection left them, by their strides, and v is not touched.
+It reads and writes q and k once, 4 bytes an element in bf16: 0.40 GB at 65,536 tokens of 12 + 12 heads of 64. Rotating inside
+attention's loads would save a write and a read, but each key block would be rotated again by every query block that loads it
+(4.5 times on average at T = 1024 and 128 rows), forward and in both backward kernels, in loops that are bound by exponentials
+and registers rather than memory; and the KV cache wants rotated keys. q and k are read from the packed projection by their
+strides, and v is not touched.
 
-A program holds the cos and sin of BLOCK_T positions in registers and walks over the heads of q, or of k, at them.
+A program holds the cos and sin of BLOCK_T positions in registers and loops over the heads of q, or of k.
 """
 
 import torch
@@ -23,7 +24,7 @@ BLOCK_T = 32
 @triton.jit
 def rotate_heads(
     x_ptr,  # (BLOCK_T, HALF) pointers to the first half of head 0
-    y_ptr,  # likewise, where heads lie one after the other
+    y_ptr,  # likewise, with the heads one after the other
     stride_h,
     cos,  # (BLOCK_T, HALF)
     sin,  # (BLOCK_T, HALF)
@@ -80,7 +81,7 @@ def rotary_kernel(
 
 
 def rows(x):
-    """x itself where its last dim is contiguous, else a copy that is."""
+    """Returns x if its last dim is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -88,7 +89,7 @@ def rotate(q, k, cos, sin, inverse):
     (B, T, H, Dh), Hkv = q.shape, k.shape[2]
     assert k.shape == (B, T, Hkv, Dh), f"k is {tuple(k.shape)}, q {tuple(q.shape)}: expected (B, T, Hkv, Dh)"
     assert cos.shape == sin.shape == (T, Dh // 2), f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected {(T, Dh // 2)}"
-    assert Dh & (Dh - 1) == 0, f"head dim {Dh}: the fused ops take powers of two; use --kernels=eager"
+    assert Dh & (Dh - 1) == 0, f"head dim {Dh}: the fused ops take powers of two; use --kernels=sdpa"
     out = q.new_empty(q.shape), k.new_empty(k.shape)
     q, k = rows(q), rows(k)
     rotary_kernel[(B * triton.cdiv(T, BLOCK_T), 2)](
@@ -102,7 +103,7 @@ def rotate(q, k, cos, sin, inverse):
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates channel pairs (i, i + Dh/2) by the angle of their position.
 
-    q (B, T, H, Dh), k (B, T, Hkv, Dh); cos, sin (T, Dh/2) fp32, the rows of the positions at hand -> (q, k) rotated.
+    q (B, T, H, Dh), k (B, T, Hkv, Dh); cos, sin (T, Dh/2) fp32, the rows of these T positions -> (q, k) rotated.
     """
     return rotate(q, k, cos, sin, inverse=False)
 

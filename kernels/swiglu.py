@@ -1,14 +1,14 @@
-"""SwiGLU from the merged gate and up projections, on Triton. Shazeer 2020.
+"""SwiGLU of the merged gate and up projections, in Triton. Shazeer 2020.
 
     s = sigmoid(gate)    y = gate s up
     dup = dy gate s      dgate = dy up s (1 + gate (1 - s))
 
-Memory alone sets the time: forward moves 3 elements per output (gate, up; y), backward 5 (dy, gate, up; dgate, dup). The
-sigmoid is recomputed in backward, which costs no traffic and saves a tensor; both gradients go straight into the one
-tensor that the merged projection's matmul wants.
+Both passes are bound by memory: forward moves 3 elements per output (gate, up; y), backward 5 (dy, gate, up; dgate, dup). The
+sigmoid is recomputed in backward, which costs no traffic and saves a tensor. Both gradients are written into one tensor, as
+the merged projection's matmul needs it.
 
-A program takes one stretch of up to BLOCK columns of one row: many small programs, of which each multiprocessor keeps
-enough resident to have memory busy, and F = 3072 is three of them with no idle lane.
+A program processes up to BLOCK columns of one row: many small programs, enough of them resident to keep memory busy, and
+F = 3072 is three of them with no idle lane.
 """
 
 import torch
@@ -20,7 +20,7 @@ BLOCK = 1024
 
 @triton.jit
 def place(F: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of this program and its columns, (BLOCK,)."""
+    """Returns the row and the columns (BLOCK,) of this program."""
     blocks: tl.constexpr = (F + BLOCK - 1) // BLOCK
     program = tl.program_id(0).to(tl.int64)
     return program // blocks, (program % blocks) * BLOCK + tl.arange(0, BLOCK)

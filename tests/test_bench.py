@@ -2,8 +2,10 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -66,8 +68,8 @@ def test_each_kernel_of_a_step_has_its_part():
     for name, part in {
         "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment": "GEMMs",
         "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_TNN": "GEMMs",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": "optimiser",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType::L2>>": "optimiser",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": "optimizer",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType::L2>>": "optimizer",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x64": "attention",
         "triton_poi_fused__to_copy_add_mul_0": "memory-bound",
         "Memcpy HtoD (Pinned -> Device)": "data",
@@ -75,18 +77,31 @@ def test_each_kernel_of_a_step_has_its_part():
         assert training.part_of(name) == part, name
 
 
+@pytest.mark.parametrize("residual", [None, torch.bfloat16])
+def test_a_baseline_can_carry_a_bf16_residual_stream(residual):
+    c, kinds = Config(**SHAPE), set()
+    model = baselines.PlainLlama(c, residual=residual)
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, out: kinds.add(out.dtype))
+    x = torch.zeros(2, c.seq_len, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x, x).dtype == torch.float32
+    assert kinds == {residual or torch.float32}
+
+
+@pytest.mark.parametrize("settings", [[], ["--attn_dropout=0.1"]], ids=["", "dropout"])
 @pytest.mark.parametrize("who", [training.OURS, "plain"])
-def test_a_contender_takes_its_turns_and_ends_with_its_row(who, monkeypatch, capsys):
+def test_a_model_takes_its_turns_and_ends_with_its_row(who, settings, monkeypatch, capsys):
     monkeypatch.setattr(training, "SECONDS", 0.01)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
-    training.take_turns(load(ARGV), who)
+    training.take_turns(load([*ARGV, *settings]), who)
     *seconds, row = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(seconds) == 2 and all(0 < s < 10 for s in seconds) and row["peak_GB"] > 0.05
     assert ("parts_ms" in row) == (who == training.OURS)
     if who == training.OURS:
         parts = row["parts_ms"]
         assert parts.keys() == {*training.PARTS, training.MEMORY_BOUND, training.IDLE}
-        assert all(parts[name] > 0 for name in ("optimiser", "cross-entropy", "attention", "GEMMs", "memory-bound"))
+        assert all(parts[name] > 0 for name in ("optimizer", "cross-entropy", "attention", "GEMMs", "memory-bound"))
 
 
 def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
@@ -127,6 +142,17 @@ def test_a_mistake_is_one_line():
     for argv in (["train", "configs/tiny.py", "--lr=1"], ["copy", "nowhere.py"], ["speed"]):
         done = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
+
+
+def test_ctrl_c_is_one_line_and_leaves_no_process_behind():
+    command = [sys.executable, "bench.py", "train", *ARGV, "--rounds=1000"]
+    pipe = subprocess.PIPE
+    bench = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert bench.stdout.readline().startswith("tiny")
+    time.sleep(1)
+    bench.send_signal(signal.SIGINT)
+    _, stderr = bench.communicate(timeout=60)  # ends when the last process that holds its stderr has
+    assert (bench.returncode, stderr) == (130, "interrupted\n")
 
 
 def test_the_tile_sweep_tries_what_the_kernels_use():

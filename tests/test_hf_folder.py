@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_copy
-from config import ROOT, Config
+from config import ROOT, Config, ModelConfig
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
-from errors import UserError
+from errors import UserError, run_command
 from hf import export
 from hf import folder as huggingface
 from kernels import eager
-from model import Llama, LlamaConfig
+from model import Llama
 from runtime import checkpoint
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks
 
@@ -44,7 +44,7 @@ def transformers():
 def saved(path, tokenizer, step=7, seed=0, **shape):
     """A checkpoint of a model whose weights are large enough for the logits to differ; returns the model."""
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(**SHAPE | shape | {"vocab_size": tokenizer.size}), eager).eval()
+    model = Llama(ModelConfig(**SHAPE | shape | {"vocab_size": tokenizer.size}), eager).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5) if p.dim() > 1 else p.add_(torch.randn_like(p) / 4)
@@ -77,7 +77,7 @@ CLOSE = dict(rtol=0, atol=3e-6)
 @torch.no_grad()
 def test_transformers_gives_the_logits_of_what_is_exported(transformers, tmp_path, shape):
     model, tokens = saved(tmp_path / "run/ckpt.pt", Bytes(), **shape), some_tokens()
-    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert run_command(export.main, [str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     theirs, loading = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading
     assert theirs.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_transformers_gives_the_logits_of_what_is_exported(transformers, tmp_pat
 @torch.no_grad()
 def test_what_transformers_saves_is_read_to_the_same_logits(transformers, tmp_path, shape, shard):
     torch.manual_seed(0)
-    c = LlamaConfig(**shape | {"vocab_size": 257})
+    c = ModelConfig(**shape | {"vocab_size": 257})
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     names = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items() if ours != "rope_theta"}
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**names, rope_parameters=rope, initializer_range=0.1))
@@ -108,7 +108,7 @@ def test_an_exported_checkpoint_comes_back_bit_for_bit(tmp_path, shape):
     state, before = huggingface.load(tmp_path / "out"), huggingface.load(tmp_path / "run")
     assert state["model"].keys() == before["model"].keys() and state["tokenizer"] == before["tokenizer"]
     assert all(torch.equal(state["model"][name], w) for name, w in before["model"].items())
-    again, tokenizer, step = eval_copy.load(tmp_path / "out", device="cpu")
+    again, tokenizer, step = eval_copy.load(tmp_path / "out", device="cpu", ops="eager")
     assert again.config == model.config and step == 0 and tokenizer.encode("abc") == [0, 1, 2]
     assert torch.equal(again(some_tokens(21)), model(some_tokens(21)))
     assert eval_copy.main([str(tmp_path / "out"), "--samples=2", "--device=cpu"]) == 0
@@ -223,16 +223,16 @@ def test_a_sentencepiece_model_without_an_equal_is_left_as_it_is_and_said(option
         sentence_iterator=lines, model_writer=file, byte_fallback=True, num_threads=1, minloglevel=2, **options
     )
     saved(tmp_path / "run/ckpt.pt", SentencePiece(file.getvalue()))
-    assert export.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
-    assert "use the sentencepiece package with its tokenizer.model" in capsys.readouterr().out
+    assert run_command(export.main, [str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert "use the sentencepiece package with tokenizer.model" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert eval_copy.load(tmp_path / "out", device="cpu")[1].model == file.getvalue()
 
 
 def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
     saved(tmp_path / "ckpt.pt", Ids(50))
-    assert export.main([str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
-    assert "no tokenizer was written: the checkpoint's is of kind ids; pass token ids" in capsys.readouterr().out
+    assert run_command(export.main, [str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
+    assert "no tokenizer was written, because the checkpoint has none (ids): pass token ids" in capsys.readouterr().out
     assert huggingface.read(tmp_path / "out")["tokenizer"] == {"kind": "ids", "size": 50}
 
 
@@ -323,19 +323,21 @@ def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsy
     with monkeypatch.context() as m:
         m.setattr(huggingface, "_config_json", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            export.main([path, str(out)])
+            run_command(export.main, [path, str(out)])
     assert list((tmp_path / "new").iterdir()) == []
     out.mkdir()
-    assert export.main([path, str(out)]) == 0 and "LlamaForCausalLM.from_pretrained" in capsys.readouterr().out
+    assert run_command(export.main, [path, str(out)]) == 0 and "LlamaForCausalLM.from_pretrained" in capsys.readouterr().out
     before = (out / "model.safetensors").read_bytes()
     for source, target in ((path, out), (path, tmp_path / "ckpt.pt"), ("nowhere", tmp_path / "x"), (out, tmp_path / "x")):
-        assert export.main([str(source), str(target)]) == 2
+        assert run_command(export.main, [str(source), str(target)]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert run_command(export.main, [str(out), str(tmp_path / "x")]) == 2
+    assert "already a Hugging Face folder; hf.export takes a checkpoint" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == before and list((tmp_path / "new").iterdir()) == [out]
     state = checkpoint.load(path)
     state["model"]["norm"] = torch.ones(3)
     checkpoint.save(tmp_path / "bad.pt", state)
-    assert export.main([str(tmp_path / "bad.pt"), str(tmp_path / "x")]) == 2
+    assert run_command(export.main, [str(tmp_path / "bad.pt"), str(tmp_path / "x")]) == 2
     assert "norm: missing, or of another shape" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 

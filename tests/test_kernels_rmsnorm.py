@@ -94,8 +94,9 @@ def test_either_output_of_add_norm_may_go_unused():
 
 def test_registration_holds():
     x, res, w = randn(3, 5, 64, dtype=torch.bfloat16), randn(3, 5, 64, dtype=torch.bfloat16), weight(64)
-    torch.library.opcheck(rmsnorm.rms_norm, (x, w, EPS))
-    torch.library.opcheck(rmsnorm.add_rms_norm, (x, res, w, EPS))
+    torch.library.opcheck(rmsnorm.norm, (x, None, w, EPS))
+    torch.library.opcheck(rmsnorm.norm, (x, res, w, EPS))
+    check_registration(norm, [x, w], [torch.randn_like(x)])
     check_registration(add_norm, [x, res, w], [torch.randn_like(x), torch.randn_like(x)])
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from config import ModelConfig
 from kernels import eager
-from model import KVCache, Llama, LlamaConfig, rotary_table
+from model import KVCache, Llama, rotary_table
 from tests.handbuilt import induction_model, uniform_model
 from tests.reference_llama import reference_logits
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = LlamaConfig(dim=64, n_layers=3, n_heads=4, hidden_dim=96, vocab_size=50, seq_len=48)
+TINY = ModelConfig(dim=64, n_layers=3, n_heads=4, hidden_dim=96, vocab_size=50, seq_len=48)
 KINDS = {
     "mha": TINY,
     "gqa": dataclasses.replace(TINY, n_kv_heads=2),
@@ -46,7 +47,7 @@ def some_tokens(B=2, T=40, V=TINY.vocab_size, seed=0):
 
 def test_llama162m_has_162417408_parameters():
     with torch.device("meta"):
-        model = Llama(LlamaConfig(), eager)
+        model = Llama(ModelConfig(), eager)
     assert sum(p.numel() for p in model.parameters()) == 162_417_408
 
 
@@ -208,7 +209,7 @@ def test_changing_token_t_leaves_the_logits_before_t_bit_equal(config):
 
 
 def test_rotary_table_equals_float64_within_fp32_rounding():
-    config = LlamaConfig()
+    config = ModelConfig()
     i = torch.arange(config.head_dim // 2, dtype=torch.float64)
     angles = torch.arange(config.seq_len, dtype=torch.float64)[:, None] * 10000 ** (-2 * i / config.head_dim)
     # An ulp or two in the frequency and one in the product make a relative error of the angle; one more in cos itself.
@@ -232,7 +233,7 @@ def test_rotary_table_stays_fp32_and_unrounded_wherever_the_model_moves(move):
 
 
 def test_rotary_scores_depend_on_the_offset_alone():
-    config = LlamaConfig(dim=64, n_heads=1, seq_len=2048)
+    config = ModelConfig(dim=64, n_heads=1, seq_len=2048)
     g = torch.Generator().manual_seed(0)
     q, k = torch.nn.functional.normalize(torch.randn(2, 1, 64, generator=g), dim=-1)
     q, k = (x.expand(1, 2048, 1, 64) for x in (q, k))  # the same q and the same k at every position

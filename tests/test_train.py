@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
 import train
 from config import ROOT, Config, from_dict, load
 from data import bins
@@ -325,13 +324,3 @@ def test_fused_kernels_give_the_losses_of_eager(settings, tmp_path):
     fused_losses = losses(run(same, kernels="fused", out_dir=str(tmp_path / "fused")))
     assert len(fused_losses) == 3 and fused_losses == pytest.approx(eager_losses, abs=1e-4)
     assert fused_losses != eager_losses  # or the same ops ran twice
-
-
-def test_the_op_set_is_chosen_by_device_and_head_dim_and_a_wrong_one_is_refused():
-    cpu = torch.device("cpu")
-    assert kernels.choose("auto", cpu, 64) is kernels.choose("eager", cpu, 24) is eager
-    assert kernels.choose("fused", cpu, 16).__name__ == "kernels.fused"
-    with pytest.raises(kernels.KernelError, match="head dim 24, .*--kernels=eager"):
-        kernels.choose("fused", cpu, 24)
-    with pytest.raises(kernels.KernelError, match="does not run on mps"):
-        kernels.choose("fused", torch.device("mps"), 64)
