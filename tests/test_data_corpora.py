@@ -175,6 +175,8 @@ def test_names_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"")
     for argv, message in (
         (["hf", str(tmp_path / "b.jsonl")], "b.jsonl: no such file"),
+        (["hf", str(tmp_path / "a.zip")], "a.zip: expected one dataset of the hub, or names that end in .jsonl"),
+        (["hf", "http://host/a"], "http://host/a: expected one dataset of the hub, or names that end in .jsonl"),
         (["hf", "a/b", "c/d"], "a/b: expected one dataset of the hub, or names that end in .jsonl"),
         (["hf", str(tmp_path / "a.jsonl"), "--name=x"], "--name: .*a.jsonl is a file"),
         (["redpajama"], "--tokens=0: all of RedPajama is 2.7 TB"),

@@ -259,6 +259,14 @@ def test_a_source_takes_its_own_options_only():
             parse(argv)
 
 
+@pytest.mark.parametrize(
+    "argv", [["repeats", "--rows=20", "--seed=3"], ["text", "README.md", "--field=a", "--tokenizer=bytes"]]
+)
+def test_values_follow_an_equals_sign_or_a_space(argv):
+    spaced = [part for arg in argv for part in arg.split("=")]
+    assert len(spaced) > len(argv) and parse(spaced) == parse(argv)
+
+
 def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(folder):
     assert parse(["repeats"])[1] == ROOT / "data/repeats"
     for out in (folder, folder / "bins"):
