@@ -364,7 +364,7 @@ def test_a_source_that_changed_under_an_unfinished_dataset_is_not_glued_to_it(fo
 
 def test_any_number_of_processes_gives_the_same_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "BATCH", 5000)
-    argv = ["text", str(folder), "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+    argv = ["text", str(folder), "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300", "--repeat=0.1"]
     found = [prepare([*argv, f"--processes={n}", f"--out={tmp_path / str(n)}"]) for n in (1, 2, 3)]
     one, *others = ({p.name: p.read_bytes() for p in out.iterdir()} for out in found)
     assert others == [one] * 2
