@@ -21,9 +21,8 @@ KINDS = {
 }  # fmt: skip
 ROWS = 64  # read at a time
 
-HUB = "https://huggingface.co/datasets"
 RED_PAJAMA_SAMPLE = [
-    f"{HUB}/togethercomputer/RedPajama-Data-1T-Sample/resolve/main/{name}_sample.jsonl"
+    f"hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/{name}_sample.jsonl"
     for name in (
         "arxiv", "book", "c4", "cc_2019-30", "cc_2020-05", "cc_2021-04", "cc_2022-05", "cc_2023-06", "github",
         "stackexchange", "wikipedia",
