@@ -5,7 +5,7 @@ import heapq
 import io
 import re
 
-from data.tokenizer_kinds import HEX, import_sentencepiece
+from data.tokenizer_kinds import HEX, require
 from errors import UserError
 
 SAMPLE_BYTES = 20_000_000  # of text to train on: more changes the tokenizer little and takes longer
@@ -25,7 +25,7 @@ def train_bpe(texts, vocab_size: int) -> bytes:
     if not lines:
         raise UserError("no text to train a tokenizer on")
     try:
-        import_sentencepiece().SentencePieceTrainer.train(
+        require("sentencepiece").SentencePieceTrainer.train(
             # sentencepiece before 0.2.3 aborts the process on a required character that the text lacks.
             sentence_iterator=iter([*lines, *HEX]),
             max_sentence_length=4 * PIECE_CHARS,  # in bytes; a longer line would be left out

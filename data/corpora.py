@@ -21,9 +21,8 @@ KINDS = {
 }  # fmt: skip
 ROWS = 64  # read at a time
 
-HUB = "https://huggingface.co/datasets"
 RED_PAJAMA_SAMPLE = [
-    f"{HUB}/togethercomputer/RedPajama-Data-1T-Sample/resolve/main/{name}_sample.jsonl"
+    f"hf://datasets/togethercomputer/RedPajama-Data-1T-Sample/{name}_sample.jsonl"
     for name in (
         "arxiv", "book", "c4", "cc_2019-30", "cc_2020-05", "cc_2021-04", "cc_2022-05", "cc_2023-06", "github",
         "stackexchange", "wikipedia",
@@ -42,9 +41,9 @@ def corpus(paths, name="", split="train", revision="", field="text", download=Fa
     field: the key or column that holds the text.
     download: download everything before reading it, instead of streaming.
     """
-    if len(paths) == 1 and not file_kind(paths[0]):
+    if len(paths) == 1 and not (file_kind(paths[0]) or "://" in paths[0] or Path(paths[0]).is_file()):
         options = {"name": name or None, "split": split, "revision": revision or None}
-        return [Part(paths[0], None, functools.partial(_rows, paths[0], paths[0], field, download, options))]
+        return [Part(paths[0], None, functools.partial(_guard, _rows, paths[0], paths[0], field, download, options))]
     if name or revision:
         raise UserError(f"{'--name' if name else '--revision'}: {paths[0]} is a file, and only datasets of the hub have one")
     return [file_part(path, file_kind(path), field, download) for path in paths]
@@ -68,17 +67,17 @@ def file_part(path: str, kind: str | None, field: str, download=False, group="",
         raise UserError(f"{path}: no such file")
     size = None if remote else Path(path).stat().st_size
     if kind in ("text", "lines"):
-        return Part(path, size, functools.partial(_own, path, kind, field, download), group, weight)
+        guard = (_guard, _own) if remote else (_own,)
+        return Part(path, size, functools.partial(*guard, path, kind, field, download), group, weight)
     options = {"data_files": [path], "split": "train"} | ({"batch_size": ROWS} if kind == "parquet" else {})
-    return Part(path, None, functools.partial(_rows, path, kind, field, download, options), group, weight)
+    return Part(path, None, functools.partial(_guard, _rows, path, kind, field, download, options), group, weight)
 
 
 def _own(path, kind, field, download, state=None) -> Iterator[Document]:
     """Yields the documents of a file of text or JSON lines."""
     open_file = functools.partial(_open, path, download)
     name = _file_name(path)
-    documents = plain_text(open_file, name) if kind == "text" else json_lines(open_file, name, field)
-    return _one_line_errors(documents, path) if "://" in path else documents
+    return plain_text(open_file, name) if kind == "text" else json_lines(open_file, name, field)
 
 
 def _open(path: str, download: bool):
@@ -91,22 +90,16 @@ def _open(path: str, download: bool):
 
 
 def _rows(shown, path, field, download, options, state) -> Iterator[Document]:
-    return _one_line_errors(_read_rows(shown, path, field, download, options, state), shown)
-
-
-def _read_rows(shown, path, field, download, options, state) -> Iterator[Document]:
     """Yields the rows of load_dataset(path, **options); a row's number counts from 1 within the dataset."""
     datasets = _datasets(shown)
     import pyarrow
 
-    load = functools.partial(datasets.load_dataset, path, streaming=not download, **options)
-    dataset = load()
-    columns = dataset.column_names
+    load = functools.partial(datasets.load_dataset, path, **options)
+    columns = load(streaming=True).column_names
     if columns and field not in columns:
         raise UserError(f"{shown}: has no column {field!r}; it has: {', '.join(columns)}; pass --field=NAME")
-    if path == "parquet":
-        dataset = load(columns=[field])  # does not read the others
-    dataset = dataset.to_iterable_dataset() if download else dataset
+    only = {"columns": [field]} if path == "parquet" else {}
+    dataset = load(**only).to_iterable_dataset() if download else load(streaming=True, **only)
     dataset = dataset.select_columns([field]).with_format("arrow")
     row = 0
     position = None
@@ -139,10 +132,10 @@ def _datasets(name: str):
     return datasets
 
 
-def _one_line_errors(documents: Iterator[Document], name: str) -> Iterator[Document]:
-    """Yields the documents. Whatever `datasets` and the libraries below it raise becomes a UserError."""
+def _guard(read, name, *args) -> Iterator[Document]:
+    """Yields read(name, *args). Whatever `datasets` and the libraries below it raise becomes a UserError."""
     try:
-        yield from documents
+        yield from read(name, *args)
     except UserError:
         raise
     except Exception as e:
@@ -168,7 +161,7 @@ def redpajama(tokens, urls=RED_PAJAMA_URLS, share=(), field="text", download=Fal
         weights |= change
     if not any(weights.values()):
         raise UserError("--share: every source has weight 0")
-    (listing,) = _one_line_errors((_open(path, False).read() for path in [urls]), urls)
+    (listing,) = _guard(lambda path: [_open(path, download=False).read()], urls)
     listed = listing.decode(errors="replace").split()
     parts = []
     for source, weight in weights.items():

@@ -56,7 +56,7 @@ def prepare(argv: list[str]) -> Path:
             source = batches(parts, progress.position, progress.is_full)
             for batch, encoded in encode_all(source, tokenizer, settings, processes):
                 progress.add(batch, encoded)
-        progress.report(args["val_fraction"])
+        progress.report()
         entry, files = tokenizer_to_meta(tokenizer)
         details = {
             "tokenizer": entry,

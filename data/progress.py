@@ -34,7 +34,7 @@ class Progress:
         self.altered = Counter(state.get("altered"))
         self.spent = Counter(state.get("spent"))  # tokens, by group
         self.first = state.get("first", {})
-        self.lowest = state.get("lowest", 1.0)
+        self.lowest = state.get("lowest", 1.0)  # split_hash() of a document
         self.repeated = state.get("repeated", 0)  # tokens in inserted copies
         if writer.state:
             print(f"{writer.folder}: resuming after {self.total('docs'):,} documents", flush=True)
@@ -89,7 +89,7 @@ class Progress:
     def total(self, name: str) -> int:
         return sum(self.writer.totals[split][name] for split in SPLITS)
 
-    def report(self, val_fraction: float):
+    def report(self):
         """Says what was dropped, and what will not decode to its text. Raises UserError if a split got no document."""
         for reason, n in self.dropped.items():
             if n:
@@ -99,21 +99,14 @@ class Progress:
         for group, quota in self.quotas.items():
             if self.spent[group] < quota:
                 print(f"note: {group or 'the source'} has {self.spent[group]:,} tokens of the {quota:,} asked for")
-        check_splits(self.writer.totals, self.dropped, self.lowest, val_fraction)
-
-
-def check_splits(totals: dict, dropped: dict, lowest: float, val_fraction: float):
-    """Raises UserError if a split got no document. lowest: the least split_hash() of a document."""
-    docs = {split: totals[split]["docs"] for split in SPLITS}
-    total = sum(docs.values())
-    if total == 0:
-        raise UserError(f"no documents; left out: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}")
-    if total == 1:
-        raise UserError("one document cannot be split into train and val: name more files, or a longer one")
-    if docs["val"] == 0:
-        enough = math.ceil(lowest * 1000 + 1e-9) / 1000
-        raise UserError(f"val.bin would be empty: none of {total} documents fell to it; pass --val_fraction={enough}")
-    if docs["train"] == 0:
-        raise UserError(
-            f"train.bin would be empty: --val_fraction={val_fraction} takes all {total} documents; pass a smaller one"
-        )
+        docs = {split: self.writer.totals[split]["docs"] for split in SPLITS}
+        total = sum(docs.values())
+        if total == 0:
+            raise UserError(f"no documents; left out: {', '.join(f'{n} {reason}' for reason, n in self.dropped.items())}")
+        if total == 1:
+            raise UserError("one document cannot be split into train and val: name more files, or a longer one")
+        if docs["val"] == 0:
+            enough = math.ceil(self.lowest * 1000 + 1e-9) / 1000
+            raise UserError(f"val.bin would be empty: none of {total} documents fell to it; pass --val_fraction={enough}")
+        if docs["train"] == 0:
+            raise UserError(f"train.bin would be empty: val takes all {total} documents; pass a smaller --val_fraction")

@@ -59,11 +59,8 @@ def text(paths, field="text") -> list[Part]:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         found += map(str, _files(path) if path.is_dir() else [path])
-    kinds = [corpora.file_kind(path) for path in found]
-    return [
-        corpora.file_part(path, kind if kind in ("lines", "parquet") else "text", field)
-        for path, kind in zip(found, kinds, strict=True)
-    ]
+    kinds = {path: corpora.file_kind(path) for path in found}
+    return [corpora.file_part(path, kind if kind in ("lines", "parquet") else "text", field) for path, kind in kinds.items()]
 
 
 def _files(folder, skip=()) -> list[Path]:
@@ -134,12 +131,8 @@ def share(text: str) -> dict[str, float]:
 
 def option(default, help: str, metavar: str = "", **keywords) -> dict:
     """Returns the keyword arguments of add_argument for an option of the type of its default."""
-    return {
-        "type": type(default),
-        "default": default,
-        "metavar": metavar or type(default).__name__.upper(),
-        "help": help,
-    } | keywords
+    kind = type(default)
+    return dict(type=kind, default=default, metavar=metavar or kind.__name__.upper(), help=help) | keywords
 
 
 FIELD = {"--field": option("text", "key or column that holds the text", "NAME")}

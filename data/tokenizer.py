@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.meta import MAX_VOCAB, is_counts, load_meta
-from data.tokenizer_kinds import Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer, import_tiktoken
+from data.tokenizer_kinds import Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer, require
 from errors import UserError
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base")  # of tiktoken: those that split text as GPT-2 does, and fit uint16
@@ -49,7 +49,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def _encoding(name: str) -> Tiktoken:
     """Returns tiktoken's encoding of that name, which tiktoken downloads on first use and keeps in its own cache."""
-    tiktoken = import_tiktoken()
+    tiktoken = require("tiktoken")
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as e:

@@ -53,24 +53,23 @@ class Writer:
             for split in SPLITS:
                 self._open(split)
         except BaseException:
-            self._close()
+            self.lock.release()
             raise
         return self
 
     def __exit__(self, *_):
         resumable = (self.partial / "journal.json").exists()
-        self._close()
-        if not resumable:
-            for path in self.partial.iterdir():
+        for file in self.files.values():
+            file.close()
+        for path in () if resumable else self.partial.iterdir():
+            if path.name != "lock":
                 path.unlink()
+        self.lock.release()
+        if not resumable:
+            (self.partial / "lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the folder holds a dataset
                 self.partial.rmdir()
                 self.folder.rmdir()
-
-    def _close(self):
-        for file in self.files.values():
-            file.close()
-        self.lock.release()
 
     def _load_journal(self):
         try:

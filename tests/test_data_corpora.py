@@ -14,7 +14,7 @@ from data import corpora
 from data.meta import load_meta
 from data.prepare import prepare
 from errors import UserError
-from tests.server import Server, cut
+from tests.server import Server, cut, hub
 from tests.test_data_documents import LINES, TEXTS, zstd
 from tests.test_data_prepare import KILLED, documents
 
@@ -152,6 +152,32 @@ def test_a_corpus_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_o
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
+def run_with_hub(server, tmp_path, *argv):
+    environment = os.environ | {"HF_ENDPOINT": server.url(""), "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "data.prepare", *argv, "--val_fraction=0.2", "--processes=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done
+
+
+@pytest.mark.parametrize("download", [[], ["--download"]])
+def test_a_dataset_is_read_from_a_hub_by_its_name(tmp_path, download):
+    rows = [[f"part {i} row {j} 🙂" for j in range(100)] for i in range(2)]
+    files = {f"sample/{i}.parquet": open(write_parquet(tmp_path / "rows", rows[i]), "rb").read() for i in range(2)}
+    files["README.md"] = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files: sample/*\n---\n"
+    with hub("HuggingFaceFW/fineweb-edu", files) as server:
+        run_with_hub(server, tmp_path, "fineweb-edu", f"--out={tmp_path / 'out'}", *download)
+    assert all_texts(tmp_path / "out") == sorted(sum(rows, []))
+
+
+def test_files_are_read_from_a_hub(tmp_path):
+    files = {url.split("/")[-1]: lines(url.split("/")[-1]) for url in corpora.RED_PAJAMA_SAMPLE}
+    assert len(files) == 11
+    with hub("togethercomputer/RedPajama-Data-1T-Sample", files) as server:
+        run_with_hub(server, tmp_path, "redpajama-sample", f"--out={tmp_path / 'out'}")
+    texts = [json.loads(line)["text"] for data in files.values() for line in data.splitlines()]
+    assert all_texts(tmp_path / "out") == sorted(texts)
+
+
 def test_the_hub_out_of_reach_is_one_line(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     for source in ("fineweb-edu", "redpajama-sample"):
@@ -175,6 +201,8 @@ def test_names_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"")
     for argv, message in (
         (["hf", str(tmp_path / "b.jsonl")], "b.jsonl: no such file"),
+        (["hf", str(tmp_path / "a.zip")], "a.zip: expected one dataset of the hub, or names that end in .jsonl"),
+        (["hf", "http://host/a"], "http://host/a: expected one dataset of the hub, or names that end in .jsonl"),
         (["hf", "a/b", "c/d"], "a/b: expected one dataset of the hub, or names that end in .jsonl"),
         (["hf", str(tmp_path / "a.jsonl"), "--name=x"], "--name: .*a.jsonl is a file"),
         (["redpajama"], "--tokens=0: all of RedPajama is 2.7 TB"),

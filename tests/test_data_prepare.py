@@ -259,6 +259,14 @@ def test_a_source_takes_its_own_options_only():
             parse(argv)
 
 
+@pytest.mark.parametrize(
+    "argv", [["repeats", "--rows=20", "--seed=3"], ["text", "README.md", "--field=a", "--tokenizer=bytes"]]
+)
+def test_values_follow_an_equals_sign_or_a_space(argv):
+    spaced = [part for arg in argv for part in arg.split("=")]
+    assert len(spaced) > len(argv) and parse(spaced) == parse(argv)
+
+
 def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(folder):
     assert parse(["repeats"])[1] == ROOT / "data/repeats"
     for out in (folder, folder / "bins"):
@@ -356,7 +364,7 @@ def test_a_source_that_changed_under_an_unfinished_dataset_is_not_glued_to_it(fo
 
 def test_any_number_of_processes_gives_the_same_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "BATCH", 5000)
-    argv = ["text", str(folder), "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+    argv = ["text", str(folder), "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300", "--repeat=0.1"]
     found = [prepare([*argv, f"--processes={n}", f"--out={tmp_path / str(n)}"]) for n in (1, 2, 3)]
     one, *others = ({p.name: p.read_bytes() for p in out.iterdir()} for out in found)
     assert others == [one] * 2
