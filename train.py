@@ -43,6 +43,8 @@ from runtime.validation import validate
 
 
 def main(config: Config) -> int:
+    if rundir.was_stopped(config.out_dir):
+        return 3
     world = distributed.start(config)
     try:
         status = train(config, world)
@@ -218,6 +220,7 @@ class Run:
 
     def save_and_exit(self) -> int:
         """Ends a run that was asked to stop; returns the exit status."""
+        self.world.on_rank_0(lambda: rundir.record_stop(self.out))
         if self.stats.unread:
             self.read_stats()
         self.write_row()
@@ -245,7 +248,7 @@ def due_after(step: int, c: Config) -> set[str]:
     return due
 
 
-def update(step, model, optimizer, train_bin, config: Config, world, stop=None) -> torch.Tensor:
+def update(step, model, optimizer, train_bin, config: Config, world, stop) -> torch.Tensor:
     """Makes update number `step`, counted from 1; model may be wrapped for several ranks. Returns (3,) on the device: loss and
     gradient norm of the whole batch, and the loss of this rank's share.
 
@@ -258,12 +261,12 @@ def update(step, model, optimizer, train_bin, config: Config, world, stop=None) 
     own = torch.zeros((), device=world.device)
     optimizer.zero_grad()
     for position in range(first, last + 1, micro):  # gradient accumulation
-        if stop:
-            stop.check()
+        stop.check()
         windows = bins.window_indices(config.seed, position, micro, train_bin.n_windows)
         x, y = distributed.on_device(train_bin.windows(windows), world.device)  # (micro, T) each
         # The ranks' gradients are averaged in the last backward pass.
-        with model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext():
+        no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
+        with no_sync, stop.in_interpreter():
             loss = model(x, y, seed=dropout_seeds(config, position, micro, world.device)) * (micro / per_rank)
             loss.backward()
         own += loss.detach()

@@ -1,5 +1,6 @@
 """Process group setup, device selection and signal handling."""
 
+import contextlib
 import ctypes
 import inspect
 import os
@@ -147,6 +148,17 @@ class StopSignal:
         """Raises Stopped on all ranks if any of them has been asked to stop."""
         if self.world.any(self.asked):
             raise Stopped
+
+    @contextlib.contextmanager
+    def in_interpreter(self):
+        """Lets a signal stop the block between two operations if Triton's interpreter runs it, whose kernels take minutes."""
+        self.inside = self.world.size == 1 and os.environ.get("TRITON_INTERPRET") == "1"
+        try:
+            yield
+        except self.Interrupt:
+            raise Stopped from None
+        finally:
+            self.inside = False
 
     def interruptible(self, f):
         """Returns f(). A signal cuts it short: all ranks raise Stopped. f must not change the run nor wait for other ranks."""

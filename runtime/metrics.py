@@ -175,9 +175,10 @@ def announcement(c: Config, world, per_rank: int, micro: int, train_bin) -> str:
 def log_line(step: int, max_steps: int, row: dict) -> str:
     """Returns a line of step, %, loss, learning rate, gradient norm, ms, tokens/s, MFU where known, and time to go."""
     parts = [f"step {step:>{len(str(max_steps))}}/{max_steps} {step / max(max_steps, 1):4.0%}"]
+    ms = "{:.1f} ms" if row.get("ms", 0) < 1000 else "{:,.0f} ms"
     formats = {
-        "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:.2f}", "ms": "{:,.1f} ms",
-        "tokens_per_s": "{:,.0f} tok/s", "mfu": "MFU {:.1%}",
+        "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:.2f}", "ms": ms, "tokens_per_s": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
     }  # fmt: skip
     parts += [text.format(row[name]) for name, text in formats.items() if name in row]
     if "eta_s" in row:

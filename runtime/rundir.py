@@ -1,7 +1,7 @@
 """The run directory: one run at a time writes to it, and a new run does not mix with an old one.
 
 run.lock   held while a run writes here
-run.pid    the process that holds or held it
+run.pid    the process that holds or held it, and whether a signal stopped it
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def locked(path: Path):
         lock.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"{path}: process {owner.read_text().strip()} is training there; wait for it, or name another --out_dir"
+            f"{path}: process {owner.read_text().split()[0]} is training there; wait for it, or name another --out_dir"
         ) from None
     except (OSError, NotImplementedError) as e:  # a file system that cannot lock
         print(f"warning: {path}: cannot be locked ({e}); let no other run write to it", flush=True)
@@ -55,6 +55,23 @@ def locked(path: Path):
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
+
+
+def record_stop(path: Path):
+    """Records that a signal stopped the run, for was_stopped."""
+    (path / "run.pid").write_text(f"{os.getpid()}\nstopped {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
+
+
+def was_stopped(path) -> bool:
+    """Returns whether torchrun is restarting a run that a signal has stopped: it takes exit status 3 for a failure."""
+    owner = Path(path) / "run.pid"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not owner.exists():
+        return False
+    if not owner.read_text().endswith(f"\nstopped {os.environ['TORCHELASTIC_RUN_ID']}\n"):
+        return False
+    if os.environ.get("RANK") == "0":
+        print(f"{path}: a signal stopped this run; it is not restarted", flush=True)
+    return True
 
 
 def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metrics:

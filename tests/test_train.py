@@ -256,6 +256,7 @@ MISTAKES = {
     "device": (lambda s, t: flags(s, device="cudda"), ["device=cudda", "auto, cuda, mps or cpu"]),
     "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["dim=2097152", "out of memory", "a smaller model"]),
     "batch": (lambda s, t: flags(s, batch_size=1e8), ["batch_size=100000000", "only 361 sequences"]),
+    "out_dir": (lambda s, t: flags(s, out_dir=f"{s['data']}/train.bin/run"), ["out_dir=", "train.bin is a file"]),
     "data file": (lambda s, t: flags(s, data=f"{s['data']}/train.bin"), ["is a file", "--data="]),
     "long window": (lambda s, t: flags(s, seq_len=10**6), ["tokens", "--seq_len="]),
 }
@@ -293,6 +294,14 @@ def test_a_bad_bin_ends_with_status_2_and_one_line(settings, tmp_path, capsys, d
         assert word in error
 
 
+@pytest.mark.parametrize("name", ["out_dir", "data", "batch_size", "micro_batch_size"])
+def test_what_cannot_work_is_refused_before_the_model_is_built(settings, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("")
+    wrong = {"out_dir": tmp_path / "file", "data": tmp_path / "file", "batch_size": 10**8, "micro_batch_size": 3}
+    monkeypatch.setattr(train, "Llama", None)
+    assert status(flags(settings, **{name: wrong[name]})) == 2
+
+
 def test_a_run_works_from_another_folder(settings, tmp_path):
     assert cli(*flags(settings, max_steps=1, eval_interval=0), cwd=tmp_path).returncode == 0
     started = time.perf_counter()
@@ -315,6 +324,96 @@ def test_missing_data_that_needs_no_network_is_offered_on_a_terminal(settings, t
             run(settings, **made)
     command = f"python -m data.prepare repeats --rows=400 --length=32 --alphabet=16 '--out={tmp_path}/a set'"
     assert command in asked[0]
+
+
+def test_end_of_input_at_the_question_means_no(settings, tmp_path, monkeypatch, capsys):
+    def ctrl_d(question):
+        raise EOFError
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", ctrl_d)
+    assert status(flags(settings, data=tmp_path / "none", prepare="repeats")) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/none/train.bin: not found\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a thing of Unix")
+def test_ctrl_c_at_the_question_ends_with_130_and_one_line(settings, tmp_path):
+    import pty
+
+    master, slave = pty.openpty()
+    arguments = flags(settings, data=tmp_path / "none", prepare="repeats")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    read = b""
+    while b"Make it now?" not in read:
+        read += os.read(process.stdout.fileno(), 1000)
+    time.sleep(1)  # input() runs no handler between the prompt and the read
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1].decode().splitlines() == ["interrupted"] and process.returncode == 130
+    os.close(master)
+    os.close(slave)
+
+
+def test_ctrl_c_during_the_imports_ends_with_130_and_one_line(settings):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "train.py", *flags(settings)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # of the modules imported
+        if "torch._C" in line or "torch.version" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = [line for line in process.communicate(timeout=60)[1].splitlines() if not line.startswith("import time:")]
+    assert process.returncode == 130 and rest == ["interrupted"]
+
+
+def test_other_files_in_the_run_folder_do_not_disturb_it(settings):
+    run(settings, max_steps=3)
+    out = Path(settings["out_dir"])
+    (out / "ckpt_best.pt").write_bytes(b"mine")
+    (out / "milestone_x.pt").write_bytes(b"mine too")
+    assert len(losses(run(settings))) == 6 and (out / "ckpt_best.pt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo\x00', "[1]", "{}", "\xff"])
+def test_a_damaged_row_of_measurements_is_named_on_resume(settings, capsys, line):
+    run(settings, max_steps=3)
+    path = Path(settings["out_dir"]) / "metrics.jsonl"
+    rows = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([rows[0], line.encode("latin-1"), *rows[2:]]) + b"\n")
+    assert status(flags(settings)) == 2
+    assert capsys.readouterr().err == f"{path}:2: not a row of measurements; remove this line\n"
+    path.write_bytes(b"\n".join([rows[0], *rows[2:]]) + b"\n")
+    assert status(flags(settings)) == 0
+
+
+def test_settings_of_the_optimizer_change_on_request_and_the_change_is_recorded(settings, tmp_path, capsys):
+    """A run at a constant rate is cooled down from one of its checkpoints."""
+    run(settings, max_steps=4, ckpt_interval=2)
+    cool = dict(schedule="cosine", learning_rate=2e-2, attn_dropout=0.5, weight_decay=0.1, grad_clip=0.5, warmup_steps=0)
+    assert status(flags(settings, max_steps=8, **cool)) == 2
+    assert "schedule constant -> cosine" in capsys.readouterr().err
+    assert status(flags(settings, max_steps=8, allow_changes="true", seed=1, **cool)) == 2  # not what decides the data
+    assert "seed 0 -> 1" in capsys.readouterr().err
+    rows = run(settings, max_steps=8, allow_changes=True, **cool)
+    changed = next(row["changed"] for row in rows if "changed" in row)
+    assert changed.keys() == cool.keys() and changed["schedule"] == ["constant", "cosine"]
+    assert rows[-1]["lr"] == 0 and [row["step"] for row in rows] == list(range(9))
+    saved = json.loads((Path(settings["out_dir"]) / "config.json").read_text())
+    assert saved["allow_changes"] is True and saved["schedule"] == "cosine"
+    assert "schedule constant -> cosine" in capsys.readouterr().out
+    assert len(run(settings, max_steps=9, **cool)) == 10  # once changed, it is the run's own setting
+
+
+def test_the_op_set_is_recorded_and_a_resume_that_changes_it_says_so(settings, monkeypatch, capsys):
+    run(settings, max_steps=2, kernels="eager")
+    assert checkpoint.load(settings["out_dir"])["config"]["kernels"] == "eager"
+    other = type(sys)("kernels.other")
+    other.__dict__.update({name: f for name, f in vars(eager).items() if not name.startswith("__")})
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: other)
+    monkeypatch.setattr(train.dataclasses, "replace", lambda c, kernels: from_dict(vars(c) | {"kernels": "fused"}))
+    run(settings, max_steps=3)
+    assert capsys.readouterr().out.count("eager kernels made this checkpoint; it goes on with fused") == 1
 
 
 def test_fused_kernels_give_the_losses_of_eager(settings, tmp_path):
