@@ -129,11 +129,11 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
     try:
         ops = kernels.choose(ops, device, config.head_dim)
-    except kernels.KernelError as e:
+    except ValueError as e:  # an op set that cannot run here
         raise UserError(str(e)) from None
     model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
     checkpoint.restore(path, state, model)

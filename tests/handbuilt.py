@@ -19,8 +19,9 @@ four in a row have not. The residual stream, D channels of which these are used 
 
 import torch
 
+from config import ModelConfig
 from kernels import eager
-from model import Llama, LlamaConfig
+from model import Llama
 
 K = 4  # tokens that must agree
 M = 11  # channels of a token's code: a unit vector in a random direction, so that two codes are nearly orthogonal
@@ -100,7 +101,7 @@ def uniform_model(vocab_size, seq_len):
 def blank_model(vocab_size, seq_len):
     """Two layers of K heads, with zero in every matrix: no head writes, the feed-forward layers add nothing."""
     model = Llama(
-        LlamaConfig(
+        ModelConfig(
             dim=K * HEAD_DIM, n_layers=2, n_heads=K, hidden_dim=2, vocab_size=vocab_size, seq_len=seq_len, rope_theta=THETA
         ),
         eager,

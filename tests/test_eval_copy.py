@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import eval_copy
-from config import ROOT, Config
+from config import ROOT, Config, ModelConfig
 from data import bins
 from data.tokenizer import Chars, load_tokenizer
 from errors import run_command
 from kernels import eager
 from measures import heads
 from measures.copying import predict
-from model import Llama, LlamaConfig
+from model import Llama
 from runtime import checkpoint, distributed, metrics, plots
 from tests.conftest import heed_interrupts, write_dataset
 from tests.handbuilt import induction_model
@@ -24,7 +24,7 @@ from tests.handbuilt import induction_model
 
 def small_model(tokenizer, seq_len=96, seed=0):
     torch.manual_seed(seed)
-    shape = LlamaConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=tokenizer.size, seq_len=seq_len)
+    shape = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=tokenizer.size, seq_len=seq_len)
     model = Llama(shape, eager).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -195,6 +195,7 @@ def test_on_a_gpu_the_device_that_is_named_is_made_current(tmp_path, monkeypatch
     monkeypatch.setattr(eval_copy.kernels, "choose", lambda *_: eager)
     monkeypatch.setattr(Llama, "to", lambda self, device: self)
     eval_copy.load(tmp_path, "cuda:1")
+    eval_copy.load(tmp_path, "cuda")  # the current one, which set_device would refuse to take without a number
     assert current == [torch.device("cuda", 1)]
 
 

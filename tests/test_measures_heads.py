@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from config import ModelConfig
 from data.tokenizer import Bytes
 from errors import UserError
 from kernels import eager
 from measures import heads
-from model import Llama, LlamaConfig
+from model import Llama
 from tests.handbuilt import induction_model, uniform_model
 
-SMALL = LlamaConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=40, seq_len=64)
+SMALL = ModelConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=40, seq_len=64)
 LETTERS = np.arange(39)
 
 
