@@ -133,7 +133,7 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
     try:
         ops = kernels.choose(ops, device, config.head_dim)
-    except ValueError as e:  # an op set that cannot run here
+    except kernels.KernelError as e:
         raise UserError(str(e)) from None
     model = Llama(config.model(), ops, distributed.pick_dtype("auto", device)).to(device)
     checkpoint.restore(path, state, model)
