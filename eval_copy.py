@@ -129,7 +129,7 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
     dtype = distributed.pick_dtype("auto", device)
     model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)

@@ -211,7 +211,10 @@ def main(argv: list[str]) -> int:
     jobs = args.jobs or (1 if torch.cuda.is_available() else prepare.cores())
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     runs = Runs(SCALES[args.scale], args.scale, ROOT / "results" / args.scale, deadline)
-    letters = list(FIGURES) if args.figure == "all" else [args.figure]
+    there = [letter for letter, figure in FIGURES.items() if figure.variants(runs.scale)]
+    if args.figure not in (*there, "all"):
+        raise UserError(f"figure {args.figure}: the scale {args.scale} has none; expected {', '.join(there)} or all")
+    letters = there if args.figure == "all" else [args.figure]
     if not args.redraw and not train_all(letters, runs, jobs):
         print("the minutes are over; the same command resumes")
         return 3

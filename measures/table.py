@@ -24,11 +24,11 @@ def _row(title: str, cells) -> str:
 
 def _copying(copy: dict) -> list[str]:
     c = next(iter(copy.values()))
-    asked = len(c["exact_by_sequence"])
+    asked = f"{c['samples']} samples of {len(c['exact_by_sequence'])} questions each"
     between = "" if c["separator"] is None else ", a separator after each"
     lines = [
-        f"Copying: the model reads {c['sequences']} sequences of {PREFIX} + {SUFFIX} random tokens{between}, then {PREFIX} of",
-        f"one of them again, and must continue with the other {SUFFIX}. {c['samples']} samples of {asked} such questions.",
+        f"Copying: the model reads {c['sequences']} random sequences of {PREFIX} + {SUFFIX} tokens{between}, then the first",
+        f"{PREFIX} of one of them again, and must continue with its other {SUFFIX}. {asked}.",
         f"  {'alphabet':<19}{f'all {SUFFIX} right':>11}{'(95% interval)':>18}    each   first    loss     new   questions",
     ]
     for name, c in copy.items():
@@ -37,23 +37,21 @@ def _copying(copy: dict) -> list[str]:
         numbers = "".join(f"{x:8.3f}" for x in (c["token"], c["first"], -c["logprob"], -c["logprob_unseen"]))
         lines.append(f"  {title:<19}{c['exact']:11.3f}{interval:>18}{numbers}   {c['questions']}")
     lines += [
-        f"  each, first: share of the {SUFFIX} tokens that is right, of the first of them; loss: nats per token; new: the loss",
-        "  when the sequence occurred first and could not be copied; questions: equal if models were asked the same",
+        f"  each: share of single tokens right; first: of the first of the {SUFFIX}; loss: nats per token; new: the loss when",
+        "  the sequence came for the first time and could not be copied; questions: equal if models were asked the same",
     ]
     if untrained := [f"{c['untrained']:,} of {name}" for name, c in copy.items() if c["untrained"]]:
         lines.append(f"  hardly trained (under 1 in 100,000 training tokens): {', '.join(untrained)}")
     if "text" in copy:
-        lines.append(
-            f"  text: passages of held-out text; {copy['text']['token_unseen']:.3f} of their tokens are right when new"
-        )
+        lines.append(f"  text: {copy['text']['token_unseen']:.3f} of single tokens are right when the passage is new")
     return lines
 
 
 def _kgrams(copy: dict) -> list[str]:
     header = "".join(f"  k = {k}" for k in K)
     lines = [
-        "k-gram baseline: continues with a token that followed the last k tokens before. Use: whether the model goes by the",
-        "k-th last token (0: no more than by chance; 1: always), and the baseline that it resembles.",
+        "k-gram baseline: finds where the last k tokens occurred before, and continues with what followed. Use by the model:",
+        "whether it goes by the k-th last token (0: no more than by chance, 1: always), and the baseline it is most like.",
         f"  {'alphabet':<19}{f'all {SUFFIX} right, baseline':<31}use by the model",
         f"  {'':<17}{header:<31}{header}   like",
     ]

@@ -172,7 +172,7 @@ def figure_f(data, scale, file):
     for ax, unit, title in ((left, None, "onset, update steps"), (right, 1e6, "onset, millions of tokens")):
         values = [[middle[b, c] * (b * c / unit if unit else 1) for c in scale.grid[1]] for b in scale.grid[0]]
         heat(ax, np.where(np.isinf(values), np.nan, values), *scale.grid, text="{:.2f}" if unit else "{:.0f}")
-        ax.set(title=f"{title}, median of {scale.seeds} seeds", xlabel="context (tokens)", ylabel="batch (sequences)")
+        ax.set(title=f"{title}, median of the seeds", xlabel="context (tokens)", ylabel="batch (sequences)")
     save(picture, file)
     found, kept = laws(data, scale, cells, ["batch", "context"])
     paper = "onset comes at a constant number of steps (the paper: exponents 0 and 0)"
@@ -268,3 +268,12 @@ def figure_j(data, scale, file):
     ends = {name: mean_end(seeds, name) for name in names}
     text = "; ".join(f"{task}: onset at {onset_text(found[n], seeds)}, {ends[n]:.2f} at the end" for n, task in names.items())
     return {"onset": found, "final": ends, "claims": [["open question 1: what else comes with copying", TOLD, text]]}
+
+
+@figure("k", "Warm-up", lambda scale: {f"warmup{n}": {"warmup_steps": n} for n in scale.warmups})
+def figure_k(data, scale, file):
+    """Copying and the validation loss for several lengths of warm-up, at one batch size, over update steps."""
+    draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
+    found, kept = laws(data, scale, [(n,) for n in scale.warmups], ["warm-up"])
+    claim = "when copying comes does not depend on the length of warm-up (exponent 0)"
+    return kept | {"claims": law_claims(found, claim, lambda law: at_exponents(law, (0,)))}

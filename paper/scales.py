@@ -19,6 +19,7 @@ class Scale:
     grid_steps: tuple[int, ...]  # at each of its batch sizes
     threshold: float  # value of `copying` that counts as its onset
     samples: int  # of the copy test, for each checkpoint
+    warmups: tuple[int, ...] = ()  # updates, figure k, which the other scales do without
     copying: str = "copy_exact_full"  # the measure of copying
     attention: float | None = None  # induction_max that counts as a second onset, by attention; None: copying alone
     keep_weights: bool = False  # after they have been measured
@@ -42,52 +43,27 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(
-        config="configs/tiny.py",
-        settings=dict(schedule="constant", max_steps=2000, compile="off"),  # the same with a C++ compiler or without
-        batches=(8, 16, 32),
-        rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2),
-        layers=4,
-        grid=((16, 32, 64), (128, 256)),
-        grid_steps=(1200, 1200, 600),
-        threshold=0.3,
-        samples=100,
-        keep_weights=True,
-        data="repeats --length={context}",
+        "configs/tiny.py", settings=dict(schedule="constant", max_steps=2000, compile="off"),  # with or without a C++ compiler
+        batches=(8, 16, 32), rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2), layers=4,
+        grid=((16, 32, 64), (128, 256)), grid_steps=(1200, 1200, 600),
+        threshold=0.3, samples=100, keep_weights=True, data="repeats --length={context}",
     ),
     "text": Scale(
-        config="configs/text.py",
-        settings=dict(schedule="constant"),
-        batches=(4, 8, 16, 32),
-        rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3),
-        layers=8,
-        grid=((4, 8, 16), (128, 256, 512)),
-        grid_steps=(16000, 8000, 4000),
-        copying="copy_token_top128",
-        threshold=0.3,
-        attention=0.3,
-        samples=50,
-        base_seeds=5,
+        "configs/text.py", settings=dict(schedule="constant"),
+        batches=(4, 8, 16, 32), rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), layers=8,
+        grid=((4, 8, 16), (128, 256, 512)), grid_steps=(16000, 8000, 4000), warmups=(100, 400, 1600),
+        copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
     ),
     "gpu": Scale(
-        config="configs/paper/gpu.py",
-        settings={},
-        batches=(16, 32, 64),
-        rates=(2.5e-4, 5e-4, 1e-3, 2e-3),
-        layers=12,
-        grid=((16, 32, 64), (256, 512, 1024)),
-        grid_steps=(8000, 8000, 8000),
-        threshold=0.5,
-        samples=100,
+        "configs/paper/gpu.py", settings={},
+        batches=(16, 32, 64), rates=(2.5e-4, 5e-4, 1e-3, 2e-3), layers=12,
+        grid=((16, 32, 64), (256, 512, 1024)), grid_steps=(8000, 8000, 8000),
+        threshold=0.5, samples=100,
     ),
     "paper": Scale(
-        config="configs/llama162m.py",
-        settings={},
-        batches=(256, 512, 1024),
-        rates=(1e-4, 2e-4, 4e-4),
-        layers=12,
-        grid=((256, 512, 1024), (512, 1024, 2048)),
-        grid_steps=(76294, 76294, 76294),
-        threshold=0.2,
-        samples=500,
+        "configs/llama162m.py", settings={},
+        batches=(256, 512, 1024), rates=(1e-4, 2e-4, 4e-4), layers=12,
+        grid=((256, 512, 1024), (512, 1024, 2048)), grid_steps=(76294, 76294, 76294),
+        threshold=0.2, samples=500,
     ),
-}
+}  # fmt: skip

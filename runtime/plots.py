@@ -16,7 +16,6 @@ from runtime import curves
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#D55E00", "#0072B2", "#009E73"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1)))]
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
-HEADS = {"previous_max": "best previous-token head", "induction_max": "best induction head"}
 
 
 def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str, str]):
@@ -30,19 +29,23 @@ def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str,
     for row, result, run in zip(rows, results, runs, strict=True):
         parts = row.subfigures(1, 2, width_ratios=(4.2 * wide, 3.4), squeeze=False)[0] if wide else [None, row]
         if run:
-            run_curves(parts[0].subplots(1, 3), run, result)
+            best = {f"{name}_max": f"best {title.split(':')[0]} head" for name, title in maps.items()}
+            run_curves(parts[0].subplots(1, 3), run, result, best)
         for ax, (name, title) in zip(parts[-1].subplots(len(maps), 1), maps.items(), strict=True):
             heat_map(ax, result["heads"][name], title.split(":")[0])
     save(figure, file, dpi=130)
 
 
-def run_curves(axes, rows: list[dict], result: dict):
-    """Loss, the best heads, and copying over tokens, with a vertical line where each step on the way to copying has formed."""
+def run_curves(axes, rows: list[dict], result: dict, heads: dict[str, str]):
+    """Loss, the best heads, and copying over tokens, with a vertical line where each step on the way to copying has formed.
+
+    heads: columns of the best heads' scores -> labels.
+    """
     copying = {}
     for name in result["copy"]:
         copying |= {f"copy_exact_{name}": f"{name}: all six", f"copy_token_{name}": f"{name}: each token"}
     titles = ("validation loss (nats per token)", "attention of the best heads", "copying accuracy")
-    for ax, title, names in zip(axes, titles, (LOSSES, HEADS, copying), strict=True):
+    for ax, title, names in zip(axes, titles, (LOSSES, heads, copying), strict=True):
         for name, label in names.items():
             lines(ax, {label: [rows]}, name, "tokens")
         for (what, tokens), style in zip(curves.formed(rows).items(), (":", "--", "-"), strict=False):

@@ -48,7 +48,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(tmp_path, caps
     args = ["--samples=20", "--json", tmp_path / "s.json", "--plot", tmp_path / "p.png"]
     assert eval_copy.main([str(a) for a in (out, out / "ckpt.pt", *args, "--alphabet", "full", "4")]) == 0
     printed = capsys.readouterr().out
-    assert "4 sequences of 12 + 6 random tokens" in printed and "20 samples of 4 such questions" in printed
+    assert "4 random sequences of 12 + 6 tokens" in printed and "20 samples of 4 questions each" in printed
     scores = json.loads((tmp_path / "s.json").read_text())
     assert len(scores) == 2 and scores[0]["step"] == 3 and set(scores[0]["copy"]) == {"full", "4"}
     assert f"{scores[0]['copy']['4']['token']:.3f}" in printed
@@ -157,7 +157,7 @@ def test_held_out_text_is_a_default_alphabet_where_it_is_given(tmp_path, capsys)
     save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
     assert eval_copy.main([str(tmp_path), "--samples=4", f"--data={data}", "--json", str(tmp_path / "x.json")]) == 0
     copy = json.loads((tmp_path / "x.json").read_text())[0]["copy"]
-    assert list(copy) == ["full", "hex16", "text"] and "text: passages of held-out text" in capsys.readouterr().out
+    assert list(copy) == ["full", "hex16", "text"] and "are right when the passage is new" in capsys.readouterr().out
     text = np.fromfile(data / "val.bin", "<u2").astype(np.int64)
     whole = " ".join(map(str, text))
     args = eval_copy.parse([str(tmp_path), f"--data={data}"])
@@ -195,6 +195,7 @@ def test_on_a_gpu_the_device_that_is_named_is_made_current(tmp_path, monkeypatch
     monkeypatch.setattr(eval_copy.kernels, "choose", lambda *_: eager)
     monkeypatch.setattr(Llama, "to", lambda self, device: self)
     eval_copy.load(tmp_path, "cuda:1")
+    eval_copy.load(tmp_path, "cuda")  # the current one, which set_device would refuse to take without a number
     assert current == [torch.device("cuda", 1)]
 
 

@@ -131,6 +131,7 @@ def test_each_mistake_is_one_line_and_status_2(capsys):
         ["a", "--jobs=0"],
         ["a", "--minutes=-1"],
         ["a", "--minutes=nan"],
+        ["k"],
     ):
         assert run_command(reproduce.main, argv) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
@@ -221,7 +222,7 @@ def test_the_onset_is_told_twice_where_the_scale_asks_for_it(tmp_path):
     assert found["onset"][f"rate{TEXT.rates[-1]} (by attention)"] == [500, 600, 700]
     more = {"base": seeds(800, 900, 700, 800, 800)} | {name: seeds(500, 600, 400) for name in ("dropout0.1", "decay0.1")}
     assert claims("e", more, tmp_path, TEXT) == [HOLDS, HOLDS, OPEN] * 2  # five seeds of the base, three of each treatment
-    for letter in "abdfghij":
+    for letter in "abdfghijk":
         variants = figures.FIGURES[letter].variants(TEXT)
         assert "| measured" not in claims(letter, {name: seeds(800, 900, 700) for name in variants}, tmp_path, TEXT)
 
