@@ -245,9 +245,9 @@ def attention_dkdv_kernel(
 # fmt: on
 
 
-# Tiles for 16-bit types: (queries, keys, warps, stages) by head dim. The matmuls of compute capability 9 and 10 need 64 rows (of
-# keys, in dk and dv). On 8 and 12 the registers of each warp hold the accumulators and fill up sooner. The queries of a dk, dv
-# tile divide those of the other two kernels, which write the padding of lse and delta that it reads.
+# Tiles for 16-bit types: (queries, keys, warps, stages) by head dim. The matmuls of compute capability 9 and 10 need 64 rows,
+# of keys in dk and dv. On 8 and 12 the registers of each warp hold the accumulators and fill up sooner. The queries of a dk,
+# dv tile divide those of the other two kernels, which write the padding of lse and delta that it reads.
 SMALLEST = (32, 32, 4, 2)
 LARGE_TILES = {
     "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 128, 4, 2), 128: (64, 64, 8, 2)},
