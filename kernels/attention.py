@@ -260,8 +260,8 @@ LARGE_TILES = {
 SMALL_TILES = LARGE_TILES | {
     "forward": LARGE_TILES["forward dropout"],
     "dq dropout": dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)),
-    "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: SMALLEST},
-    "dkdv dropout": dict.fromkeys((16, 32, 64, 128), SMALLEST),
+    "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
+    "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: SMALLEST, 128: (32, 32, 4, 1)},
 }
 TILES = {  # by the major compute capability
     8: SMALL_TILES,
