@@ -180,7 +180,7 @@ def tiles() -> list[tuple]:
     from kernels import attention, cross_entropy, rmsnorm, rotary, swiglu
 
     dh = SHAPE["D"] // SHAPE["H"]
-    table = attention.TILES[torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9]
+    table = attention.tiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     forward = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
     dq = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)]
     dkdv = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)]

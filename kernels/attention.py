@@ -252,30 +252,42 @@ SMALLEST = (32, 32, 4, 2)
 LARGE_TILES = {
     "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 128, 4, 2), 128: (64, 64, 8, 2)},
     "forward dropout": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
-    "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+    "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 128, 4, 2), 128: (64, 32, 4, 2)},
     "dq dropout": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
     "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
     "dkdv dropout": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
 }
 SMALL_TILES = LARGE_TILES | {
-    "forward": LARGE_TILES["forward dropout"],
+    "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
+    "dq": LARGE_TILES["dq dropout"],
     "dq dropout": dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)),
     "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
     "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: SMALLEST, 128: (32, 32, 4, 1)},
 }
-TILES = {  # by the major compute capability
-    8: SMALL_TILES,
-    9: LARGE_TILES,
-    10: LARGE_TILES,
-    12: SMALL_TILES | {"dq": SMALL_TILES["dq dropout"], "dkdv dropout": dict.fromkeys((16, 32, 64, 128), (32, 32, 4, 1))},
+TILES = {  # by ten times the compute capability from which they apply
+    80: SMALL_TILES | {"forward": LARGE_TILES["forward"]},
+    86: SMALL_TILES,
+    90: LARGE_TILES,
+    100: LARGE_TILES,
+    120: SMALL_TILES
+    | {
+        "forward": LARGE_TILES["forward"],
+        "dq": SMALL_TILES["dq dropout"],
+        "dkdv dropout": dict.fromkeys((16, 32, 64, 128), (32, 32, 4, 1)),
+    },
 }
 STATS_ROWS = 128  # the largest number of queries in a tile
 
 
-def tile(kernel, dtype, D, dropout_p, major=9):
+def tiles(device):
+    """Returns the table of a device's GPU generation."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return TILES[max(first for first in TILES if first <= 10 * major + minor)]
+
+
+def tile(table, kernel, dtype, D, dropout_p):
     """Returns the block sizes and launch options of a kernel. In fp32 larger accumulators spill."""
-    table = TILES.get(major, SMALL_TILES)[kernel + (" dropout" if dropout_p > 0 else "")]
-    queries, keys, warps, stages = SMALLEST if dtype == torch.float32 else table[D]
+    queries, keys, warps, stages = SMALLEST if dtype == torch.float32 else table[kernel + " dropout" * (dropout_p > 0)][D]
     return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
 
 
@@ -301,7 +313,7 @@ def rows(x):
 
 def launch(name, kernel, q, k, v, tensors, dropout_p):
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
-    options = tile(name, q.dtype, D, dropout_p, torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9)
+    options = tile(tiles(q.device), name, q.dtype, D, dropout_p)
     programs = B * Hkv * triton.cdiv(Tk, options["KEYS"]) if name == "dkdv" else B * H * triton.cdiv(Tq, options["QUERIES"])
     kernel[(programs,)](
         q, k, v, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
