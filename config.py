@@ -1,7 +1,7 @@
 """Every setting of a run, once: its name, type, default and unit.
 
-A config is a Python file that assigns these names; `--name=value` on the command line wins over the file.
-Nothing heavy is imported here, so `python train.py --help` and every message about a bad setting are instant.
+A config is a Python file that assigns these names; `--name=value` or `--name value` on the command line overrides it.
+Nothing heavy is imported here, so `python train.py --help` and every message about a wrong setting are instant.
 """
 
 import argparse
@@ -18,27 +18,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from errors import UserError
+from errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parent
 PATHS = ("data", "out_dir", "init_from")
-# What may differ between a checkpoint and the run that goes on from it: none of these changes a finished update.
+# The settings that may differ between a checkpoint and the run that resumes it. None of them changes an update already made.
 MAY_CHANGE = {
     "data", "out_dir", "prepare", "max_steps", "eval_interval", "eval_batches", "copy_eval_interval", "log_interval",
-    "ckpt_interval", "ckpt_keep", "ckpt_milestones", "milestone_interval", "resume", "device", "compile", "kernels",
-    "micro_batch_size",
-    "init_from",  # read by a new run alone; one that is named, and is not what the run began from, train.resume refuses
+    "ckpt_interval", "ckpt_keep", "ckpt_milestones", "milestone_interval", "resume", "allow_changes", "device", "compile",
+    "kernels", "micro_batch_size",
+    "init_from",  # only a new run reads it; runtime.resume refuses another source than the one that the run started from
+}  # fmt: skip
+# Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
+MAY_CHANGE_ON_REQUEST = {
+    "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
 }  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of every command. A mistake on the command line raises UserError."""
+    """The argument parser of every command. A mistake on the command line raises UserError."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        """Parses options and positional arguments in any order; an unknown option is refused with the nearest known one."""
+        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            raise UserError(
+                f"{name}: no such option; " + (f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help")
+            )
+        return parsed
 
 
 def setting(default, doc: str):
@@ -50,16 +65,16 @@ class ModelConfig:
     """The shape of a Llama. The defaults are llama162m: 162,417,408 parameters."""
 
     dim: int = setting(768, "width of the residual stream (D)")
-    n_layers: int = setting(12, "transformer blocks")
+    n_layers: int = setting(12, "number of transformer blocks")
     n_heads: int = setting(12, "query heads per block (H); the head dim is dim / n_heads")
     n_kv_heads: int = setting(0, "key and value heads per block (Hkv); 0: as many as n_heads")
     hidden_dim: int = setting(3072, "width of the feed-forward layer (F)")
-    vocab_size: int = setting(32000, "token ids the model knows (V), at most 65536")
+    vocab_size: int = setting(32000, "number of token ids (V), at most 65536")
     seq_len: int = setting(1024, "context length in tokens (T)")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     norm_eps: float = setting(1e-6, "epsilon inside RMSNorm")
     tie_embeddings: bool = setting(False, "use the embedding matrix as the output head too")
-    attn_dropout: float = setting(0.0, "share of attention probabilities dropped in training, in 1/256ths")
+    attn_dropout: float = setting(0.0, "share of attention probabilities dropped in training, rounded to 1/256")
 
     def __post_init__(self):
         if self.n_kv_heads == 0:
@@ -69,7 +84,7 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "seq_len"):
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
-        _check(self, "dim", self.head_dim % 2 == 0, "must give an even head dim: rotary turns pairs of channels")
+        _check(self, "dim", self.head_dim % 2 == 0, "must give an even head dim: rotary embeddings turn pairs of channels")
         _check(self, "n_heads", self.n_heads % self.n_kv_heads == 0, f"must be a multiple of n_kv_heads={self.n_kv_heads}")
         _check(self, "vocab_size", self.vocab_size <= 65536, "must fit uint16 tokens: at most 65536")
         _check(self, "rope_theta", self.rope_theta > 0, "must be above 0")
@@ -80,27 +95,33 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
+    @property
+    def n_parameters(self) -> int:
+        attention = self.dim * (self.n_heads + 2 * self.n_kv_heads) * self.head_dim + self.dim**2
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        return self.n_layers * block + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
-    """A whole run: the model's shape, its data, the optimiser, and how often to measure and save."""
+    """A whole run: the model's shape, its data, the optimizer, and how often to evaluate and save."""
 
-    data: str = setting("data/redpajama", "folder of train.bin and val.bin")
+    data: str = setting("data/redpajama", "folder with train.bin and val.bin")
     prepare: str = setting("", "arguments of `python -m data.prepare` that make this data")
     out_dir: str = setting("", "run directory; empty: runs/<config name>")
     seed: int = setting(0, "seed of the weights, the data order and dropout")
 
-    batch_size: int = setting(512, "sequences per update, over all ranks and accumulation steps")
-    micro_batch_size: int = setting(64, "sequences per device and pass, at most")
-    max_steps: int = setting(76294, "updates in all")
-    optimizer: Literal["adamw"] = setting("adamw", "AdamW; decay on matrices only")
+    batch_size: int = setting(512, "sequences per update, over all ranks and gradient accumulation steps")
+    micro_batch_size: int = setting(64, "sequences per device and gradient accumulation step, at most")
+    max_steps: int = setting(76294, "number of updates")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for all else")
     learning_rate: float = setting(4e-4, "peak learning rate")
     min_lr: float = setting(0.0, "learning rate at the end of a cosine or wsd schedule")
     warmup_steps: int = setting(2000, "updates of linear warm-up")
     schedule: Literal["constant", "cosine", "wsd"] = setting(
-        "constant", "after warm-up; wsd is warm-up, stable, then linear decay over the last fifth"
+        "constant", "after warm-up; wsd: constant, then linear decay over the last fifth of the run"
     )
-    weight_decay: float = setting(0.0, "AdamW's decoupled decay")
+    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only")
     beta1: float = setting(0.9, "AdamW's decay of the first moment")
     beta2: float = setting(0.999, "AdamW's decay of the second moment")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
@@ -110,16 +131,17 @@ class Config(ModelConfig):
     copy_eval_interval: int = setting(1000, "updates between copy tests; 0: never")
     log_interval: int = setting(10, "updates between log lines")
     ckpt_interval: int = setting(1000, "updates between checkpoints")
-    ckpt_keep: int = setting(2, "newest checkpoints to keep: the one before is there where the newest is damaged")
+    ckpt_keep: int = setting(2, "newest checkpoints to keep; an older one replaces a damaged one on resume")
     ckpt_milestones: bool = setting(False, "keep the weights of steps 1, 2, 4 ... 512, and of each milestone_interval")
     milestone_interval: int = setting(1000, "updates between milestones")
-    resume: str = setting("auto", "auto: from the run directory where it has a checkpoint; none: start anew; or a checkpoint")
-    init_from: str = setting(
-        "", "weights a new run starts from, at step 0: a checkpoint, a run directory or a Hugging Face Llama folder"
+    resume: str = setting("auto", "auto: from the run directory's newest checkpoint; none: start anew; or a checkpoint file")
+    allow_changes: bool = setting(
+        False, "let a resumed run change the learning rate and its schedule, weight decay, betas, clipping and dropout"
     )
+    init_from: str = setting("", "weights of a new run: a checkpoint, a run directory or a Hugging Face Llama folder")
 
-    device: str = setting("auto", "auto, cuda, mps or cpu")
-    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "of activations; auto: bf16 on CUDA, else fp32")
+    device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
+    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations; auto: bf16 on CUDA, else fp32")
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
         "auto", "op set: Triton, PyTorch's fused kernels or the definitions; auto: fused where Triton fits, else sdpa"
@@ -128,14 +150,8 @@ class Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in (
-            "batch_size",
-            "micro_batch_size",
-            "log_interval",
-            "ckpt_interval",
-            "milestone_interval",
-            "ckpt_keep",
-            "eval_batches",
-        ):
+            "batch_size", "micro_batch_size", "eval_batches", "log_interval", "ckpt_interval", "ckpt_keep", "milestone_interval"
+        ):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("seed", "max_steps", "warmup_steps", "eval_interval", "copy_eval_interval", "grad_clip", "weight_decay"):
             _check(self, name, getattr(self, name) >= 0, "must be at least 0")
@@ -148,48 +164,66 @@ class Config(ModelConfig):
         return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
 
 
+TYPES = typing.get_type_hints(Config)  # setting -> int, float, bool, str, or a Literal of its choices
+
+
 def _check(config, name: str, ok: bool, rule: str):
     if not ok:
         raise UserError(f"{name}={getattr(config, name)}: {rule}")
 
 
-def load(argv: list[str]) -> Config:
-    """The config of `[CONFIG.py] [--name=value ...]`; llama162m where no file is named.
+def command_line() -> Parser:
+    """Returns the parser of `[CONFIG.py] [--name=value ...]`, with one option per setting."""
+    parser = Parser(
+        prog="python train.py",
+        usage="python train.py [CONFIG.py] [--name=value ...]",
+        description="Trains a Llama. Without CONFIG.py it trains llama162m.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
+    )
+    parser.add_argument("config", nargs="*", metavar="CONFIG.py", help="Python file that assigns settings")
+    for f in dataclasses.fields(Config):
+        choices = typing.get_args(TYPES[f.name])
+        kind = "|".join(choices) if choices else TYPES[f.name].__name__
+        default = str(f.default).lower() if TYPES[f.name] is bool else f.default
+        shown = "" if default == "" else f" (default: {default})"
+        parser.add_argument(f"--{f.name}", metavar=kind, help=f.metadata["doc"] + shown)
+    return parser
 
-    A relative path in a file is taken from the project's root, one on the command line from the current folder.
-    Raises UserError for a name that is not a setting, a value of the wrong type, or a file that cannot be run.
+
+def load(argv: list[str]) -> Config:
+    """Returns the config of `[CONFIG.py] [--name=value ...]`; llama162m if no file is named.
+
+    A relative path in a file is relative to the project's root, one on the command line to the current folder. Raises
+    UserError for a name that is not a setting, a value of the wrong type, or a file that cannot be run.
     """
-    files = [a for a in argv if not a.startswith("-")]
+    given = {name: text for name, text in vars(command_line().parse_args(argv)).items() if text is not None}
+    files = given.pop("config")
     if len(files) > 1:
         raise UserError(f"{' '.join(files)}: one config file at a time; settings are written --name=value")
     path = Path(files[0]) if files else ROOT / "configs/llama162m.py"
     values = read_file(path)
     values["out_dir"] = values.get("out_dir") or f"runs/{path.stem}"
-    paths = {name: values[name] for name in PATHS if isinstance(values.get(name), str) and values[name]}
-    values |= {name: os.path.relpath(ROOT / path) for name, path in paths.items()}
-    for arg in argv:
-        if arg.startswith("-"):
-            name, equals, text = arg.removeprefix("--").partition("=")
-            if not equals:
-                raise UserError(f"{arg}: settings are written --name=value")
-            values[name] = parse(name, text)
-    return from_dict(values)
+    for name in PATHS:
+        if isinstance(values.get(name), str) and values[name]:
+            values[name] = os.path.relpath(ROOT / values[name])
+    given = {name: parse(name, text) for name, text in given.items()}
+    if not given.get("out_dir", True):  # --out_dir= with nothing behind it, as from an unset variable of a shell
+        del given["out_dir"]
+    return from_dict(values | given)
 
 
-def changed(then: dict, now: Config) -> list[str]:
-    """The settings in which a checkpoint's config differs from the run that goes on from it, of those that may not."""
-    return [
-        f"{name} {then.get(name)} -> {value}"
-        for name, value in dataclasses.asdict(now).items()
-        if name not in MAY_CHANGE and then.get(name) != value
-    ]
+def changed(then: dict, now: Config) -> dict[str, tuple]:
+    """Returns the settings in which a checkpoint's config differs from `now`: name -> (value then, value now)."""
+    return {name: (then.get(name), value) for name, value in dataclasses.asdict(now).items() if then.get(name) != value}
 
 
 def read_file(path: Path) -> dict:
-    """The names that a config file assigns. Names that begin with _ and imported modules are its own."""
+    """Returns what a config file assigns, without imported modules and names that begin with an underscore."""
     if not path.is_file():
-        have = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
-        raise UserError(f"{path}: no such config file; here are {have}")
+        available = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
+        raise UserError(f"{path}: no such config file; there are {available}")
+    if path.suffix in (".json", ".pt", ".bin", ".jsonl"):
+        raise UserError(f"{path}: a config is a Python file, such as configs/tiny.py; a run resumes by its own --out_dir")
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
@@ -203,13 +237,14 @@ def _frames(e: BaseException) -> list:
 
 
 def from_dict(values: dict) -> Config:
-    """A checked Config. An unknown name is refused with the nearest known one, a wrong type by its name."""
+    """Returns a checked Config. Raises UserError for an unknown name, with the nearest known one, and for a wrong type."""
+    values = dict(values)
     for name, value in values.items():
-        kind = _kind(name)
+        kind = _type(name)
         if type(value) is int and abs(value) >= 2**31:
             raise UserError(f"{name}: must be below 2^31")
         if kind is float and type(value) is int:
-            values = values | {name: float(value)}
+            values[name] = float(value)
         elif typing.get_origin(kind) is Literal:
             _one_of(name, value, typing.get_args(kind))
         elif type(value) is not kind:
@@ -218,22 +253,22 @@ def from_dict(values: dict) -> Config:
 
 
 def from_checkpoint(values: dict) -> Config:
-    """from_dict, of values that name the whole shape of a model: a default would stand for weights of another one."""
+    """from_dict for the config of a checkpoint, which must name the whole shape of its model: a default could be another's."""
     for shape in dataclasses.fields(ModelConfig):
         if shape.name not in values:
-            raise UserError(f"{shape.name}: not among its settings")
+            raise UserError(f"{shape.name}: missing from its settings")
     return from_dict(values)
 
 
 def parse(name: str, text: str):
-    """The value that `text` means for setting `name`: 1e3 is an int too, booleans are true or false."""
-    kind = _kind(name)
+    """Returns the value that `text` stands for as setting `name`: 1e3 is an int too, booleans are true or false."""
+    kind = _type(name)
     if kind is bool:
         return _one_of(name, text.lower(), ("true", "false")) == "true"
     for number in {int: (int, _whole), float: (float,)}.get(kind, ()):
         with contextlib.suppress(ValueError):
             return number(text)
-    if kind is not str and not typing.get_args(kind):
+    if kind in (int, float):
         raise UserError(f"{name}={text}: expected {kind.__name__}")
     return text
 
@@ -245,13 +280,12 @@ def _whole(text: str) -> int:
     return int(number)
 
 
-def _kind(name: str):
-    kinds = typing.get_type_hints(Config)
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean {near[0]}?" if near else "python train.py --help lists them all"
+def _type(name: str):
+    if name not in TYPES:
+        nearest = difflib.get_close_matches(name, TYPES, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "python train.py --help lists all settings"
         raise UserError(f"{name}: no such setting; {hint}")
-    return kinds[name]
+    return TYPES[name]
 
 
 def _one_of(name: str, value, choices):
@@ -261,24 +295,8 @@ def _one_of(name: str, value, choices):
 
 
 def from_command_line(argv: list[str]) -> Config:
-    """load(argv), ending the process with status 0 after --help and with status 2 and one line after a mistake."""
-    if "--help" in argv or "-h" in argv:
-        print(usage())
-        sys.exit(0)
-    try:
-        return load(argv)
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(e, file=sys.stderr)
-        sys.exit(2)
-
-
-def usage() -> str:
-    """One line a setting: name, type, default, meaning."""
-    kinds = typing.get_type_hints(Config)
-    lines = ["usage: python train.py [CONFIG.py] [--name=value ...]", ""]
-    for f in dataclasses.fields(Config):
-        choices = typing.get_args(kinds[f.name])
-        kind = "|".join(choices) if choices else kinds[f.name].__name__
-        lines.append(f"  --{f.name:<19} {kind:<20} {f.default!r:<17} {f.metadata['doc']}")
-    return "\n".join(lines)
+    """load(argv); ends the process with status 2 and one line after a mistake, and with status 0 after --help."""
+    loaded = []
+    if status := run_command(lambda argv: loaded.append(load(argv)) or 0, argv):
+        sys.exit(status)
+    return loaded[0]

@@ -8,6 +8,8 @@
 """
 
 import errno
+import os
+import signal
 import sys
 
 OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
@@ -16,6 +18,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class UserError(ValueError):
     """A mistake in what was asked. The message is one line that names the thing and the remedy."""
+
+
+class OutOfMemory(UserError):
+    """Something does not fit into memory; the message says what would."""
 
 
 class RunFailed(RuntimeError):
@@ -42,8 +48,12 @@ def exit_status(e: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def run_command(main, argv: list[str]) -> int:
-    """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status."""
+def run_command(main, argv) -> int:
+    """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
+
+    Under torchrun, what all ranks find (a UserError or RunFailed) is reported by rank 0 alone; what may have happened on one
+    rank only is reported by that rank, with its number.
+    """
     try:
         return main(argv)
     except BaseException as e:
@@ -51,5 +61,20 @@ def run_command(main, argv: list[str]) -> int:
         if found is None:
             raise
         status, message = found
-        print(message, file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        shared = type(e) in (UserError, RunFailed, KeyboardInterrupt)
+        if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
+            message = f"rank {rank}: {message}"
+        if rank == "0" or not shared:
+            print(message, file=sys.stderr, flush=True)
         return status
+
+
+def exit_on_interrupt():
+    """Makes Ctrl-C end the process with one line and status 130 from now on, also while modules are being imported."""
+
+    def interrupted(number, frame):
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)

@@ -21,7 +21,7 @@ import kernels
 from config import Parser, from_checkpoint
 from data import bins
 from data.tokenizer import Tokenizer, tokenizer_from_state
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from hf import folder as huggingface
 from measures import ablation, context, heads
 from measures.copying import PREFIX, SUFFIX, CopyTest, K, alphabet_ids, answers, copy_scores, kgrams, make_test
@@ -251,7 +251,7 @@ def main(argv: list[str]) -> int:
     except (UserError, OSError) as e:
         problem = str(e)
     except (RuntimeError, MemoryError) as e:
-        if not distributed.is_out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         problem = "out of memory; try --device=cpu, or another machine"
     print(problem, file=sys.stderr)

@@ -11,7 +11,7 @@ vocab_size = 2048
 seq_len = 256
 
 batch_size = 16
-micro_batch_size = 8  # on 2 cores two passes of 8 are faster than one of 16: they stay in the cache
+micro_batch_size = 8  # on 2 cores two micro-batches of 8, which stay in the cache, are faster than one of 16
 max_steps = 4000
 learning_rate = 3e-3
 warmup_steps = 100

@@ -19,10 +19,10 @@ import numpy as np
 
 from data.meta import SPLITS, TOKEN, load_meta
 from data.tokenizer import load_tokenizer
-from errors import UserError
+from errors import RunFailed, UserError
 
 
-class DataChanged(RuntimeError):
+class DataChanged(RunFailed):
     """A bin that is not the file it was when it was opened."""
 
 

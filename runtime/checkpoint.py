@@ -1,14 +1,16 @@
-"""One file per checkpoint: tensors and plain values, read by `torch.load(weights_only=True)`, which runs no code.
+"""Checkpoints: one file of tensors and plain values each, which `torch.load(weights_only=True)` reads without running code.
 
 model              parameter name -> tensor, fp32
-step               how many updates were made
-optimizer          AdamW's moments, parameter number -> name -> tensor (absent from milestones: weights alone)
-config             every setting of the run by name
-data_fingerprint   which dataset it was trained on
+step               number of updates made
+skipped            how many of them were left out, because their loss or gradient was not finite
+optimizer          the optimizer's state: parameter number -> name -> tensor (milestones have none: they hold weights alone)
+config             every setting of the run by name; `kernels` is the op set that was chosen
+data_fingerprint   identifies the dataset
 tokenizer          data.tokenizer's state, so that the file alone turns text into ids
 """
 
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -16,27 +18,17 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from files import atomic_writer
 
 
 def save(path: Path, state: dict):
-    """Writes aside, then renames: whoever is killed in between leaves the checkpoint before whole."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename is on disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    """Replaces the checkpoint at `path`; if the process is killed on the way, the checkpoint before stays whole."""
+    with atomic_writer(path) as file:
+        torch.save(state, file)
 
 
 def load(path, device="cpu") -> dict:
-    """The checkpoint at `path`: a file, or a run directory, which stands for its ckpt.pt. Raises UserError."""
+    """Returns the checkpoint at `path`: a file, or a run directory, which stands for its ckpt.pt. Raises UserError."""
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
     try:
@@ -49,10 +41,13 @@ def load(path, device="cpu") -> dict:
         raise UserError(f"{path}: no such checkpoint; train one with: python train.py") from None
     except UserError:
         raise
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # whatever an arbitrary file can make zipfile and the unpickler say
         raise UserError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
-    kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
     state = state if isinstance(state, dict) else {}
+    kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
+    kinds |= {"skipped": int} if "skipped" in state else {}
     missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or state[name] is True]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")
@@ -60,16 +55,20 @@ def load(path, device="cpu") -> dict:
 
 
 def restore(path, state: dict, model, optimizer=None):
-    """Puts a checkpoint's weights into the model, and its moments into the optimizer, whose settings stay its own. Raises
-    UserError where they do not fit.
+    """Copies a checkpoint's weights into the model and its moments into the optimizer, whose settings stay its own.
+
+    Raises UserError if they do not fit.
     """
     try:
         model.load_state_dict(state["model"])
-        if optimizer:
+        if optimizer and state["step"]:  # before the first update there are no moments
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-            for p in model.parameters():
-                moments = optimizer.state[p]
-                assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape and moments["step"].numel() == 1
+            for group in optimizer.param_groups:
+                names = {"momentum"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
+                for p in group["params"]:
+                    assert optimizer.state[p].keys() == names
+                    assert all(optimizer.state[p][name].shape == p.shape for name in names - {"step"})
+                    assert "step" not in names or optimizer.state[p]["step"].numel() == 1
     except Exception:  # whatever torch says of weights and moments of other shapes, names and kinds
         raise UserError(f"{path}: its weights or moments do not fit its own config") from None
 
@@ -83,20 +82,22 @@ def keep(folder: Path, step: int, n: int):
             os.link(folder / "ckpt.pt", kept)
         except OSError:  # a file system without hard links
             shutil.copyfile(folder / "ckpt.pt", kept)
-        for old in sorted(folder.glob("ckpt_*.pt"), key=_step)[:-n]:
+        for old in list(by_step(folder).values())[:-n]:
             old.unlink()
 
 
+def by_step(folder: Path, kind="ckpt") -> dict[int, Path]:
+    """Returns the files <kind>_<step>.pt of a run directory by step, in order; kind is ckpt or milestone."""
+    matches = [(re.fullmatch(rf"{kind}_(\d+)\.pt", path.name), path) for path in Path(folder).glob(f"{kind}_*.pt")]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a run directory that a run can go on from: ckpt.pt, then those that were kept."""
-    kept = sorted(folder.glob("ckpt_*.pt"), key=_step, reverse=True)
+    """Returns the checkpoints of a run directory that a run can resume from: ckpt.pt, then those that were kept."""
+    kept = reversed(by_step(folder).values())
     return [path for path in (folder / "ckpt.pt", *kept) if path.exists()]
 
 
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("ckpt_"))
-
-
 def is_milestone(step: int, every: int) -> bool:
-    """1, 2, 4 ... 512, dense where abilities form, and each `every`."""
+    """Returns whether `step` is 1, 2, 4 ... 512, dense where abilities form, or a multiple of `every`."""
     return step > 0 and (step % every == 0 or step <= 512 and step & (step - 1) == 0)

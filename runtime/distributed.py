@@ -1,22 +1,26 @@
-"""Where a run runs: its ranks, its device, its memory."""
+"""Process group setup, device selection and signal handling."""
 
+import contextlib
 import ctypes
+import inspect
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from errors import UserError
+from errors import RunFailed, UserError
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank of size, and its device."""
+    """This process among the ranks of a run, and its device."""
 
     rank: int
     size: int
@@ -29,7 +33,7 @@ class World:
             print(*words, flush=True)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of x over all ranks."""
+        """Returns the sum of x over all ranks."""
         if self.size == 1:
             return x
         total = x.to(self.device, copy=True)
@@ -37,7 +41,7 @@ class World:
         return total.to(x.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. The ranks meet on their CPUs: no GPU waits for it."""
+        """Returns whether the flag is set on any rank. The ranks meet on their CPUs: no GPU waits for it."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -45,50 +49,91 @@ class World:
         return bool(flags.item())
 
     def wait(self):
-        """Until all ranks are here."""
+        """Returns when all ranks are here."""
         self.any(False)
+
+    def on_rank_0(self, f):
+        """Calls f on rank 0 while the other ranks wait, and returns its result there; if it raises, all ranks raise."""
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = f()
+            except (UserError, OSError) as e:
+                error = e
+        if self.any(error is not None):
+            mistake = self.any(isinstance(error, UserError))
+            raise error or (UserError if mistake else RunFailed)("rank 0 failed")
+        return result
 
 
 def start(config: Config) -> World:
     """Joins the ranks that torchrun started: NCCL on GPUs, gloo on CPUs. One process alone is a world of one."""
-    rank, size, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     if size == 1:
         return World(rank, size, device)
+    if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"device={config.device}: each rank takes a GPU of its own; pass --device=cuda")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun hands a run that it starts again the store of the one that failed, with the addresses of dead processes.
+        # torchrun hands a run that it restarts the store of the one that failed, with the addresses of dead processes.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else None)
 
 
+def data_parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
+    """Returns the model, wrapped so that its gradients are averaged over the ranks if there are several."""
+    if world.size == 1:
+        return model
+    # The only buffers are rotary tables, which never change. torch 2.13 renamed the option that leaves them alone.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    keep = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{keep: False})
+
+
 def leave():
+    """Leaves the process group. After an error do not: peers inside a collective would keep this one waiting."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def exit(status: int):
-    """Ends this process. A rank of several leaves without the interpreter's clean-up, in which gloo's threads may abort."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+def exit_with(command):
+    """Ends this process with the exit status that command() returns, or with 1 and a traceback if it raises.
+
+    One rank of several skips the interpreter's clean-up, in which gloo's threads may abort or wait for peers.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(command())
+    status = 1
+    try:
+        status = command()
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT asked the run to stop. All ranks raise it at the same place."""
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that the loop looks at before each pass; a SIGINT after that ends it at once."""
+    """Turns SIGTERM and SIGINT into a flag that the run checks regularly. A SIGINT after that ends the process at once."""
 
     class Interrupt(BaseException):
         """Leaves `interruptible`; nothing else catches it."""
 
-    def __init__(self):
-        self.asked = self.inside = False
+    def __init__(self, world: World):
+        self.world = world
+        self.asked = False
+        self.inside = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
@@ -99,20 +144,40 @@ class StopSignal:
             self.inside = False
             raise self.Interrupt
 
-    def interruptible(self, f):
-        """f(), or None where a signal came before its end. For what changes nothing and meets no other rank, as evaluations."""
+    def check(self):
+        """Raises Stopped on all ranks if any of them has been asked to stop."""
+        if self.world.any(self.asked):
+            raise Stopped
+
+    @contextlib.contextmanager
+    def in_interpreter(self):
+        """Lets a signal stop the block between two operations if Triton's interpreter runs it, whose kernels take minutes."""
+        self.inside = self.world.size == 1 and os.environ.get("TRITON_INTERPRET") == "1"
         try:
-            self.inside = True
-            if self.asked:
-                raise self.Interrupt
-            return f()
+            yield
         except self.Interrupt:
-            return None
+            raise Stopped from None
         finally:
             self.inside = False
 
+    def interruptible(self, f):
+        """Returns f(). A signal cuts it short: all ranks raise Stopped. f must not change the run nor wait for other ranks."""
+        result = None
+        try:
+            try:
+                self.inside = True
+                if not self.asked:
+                    result = f()
+            finally:
+                self.inside = False
+        except self.Interrupt:
+            pass
+        self.check()
+        return result
+
 
 def pick_device(name: str) -> torch.device:
+    """Returns the torch device of a setting, and makes a GPU that it numbers the current one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -122,34 +187,48 @@ def pick_device(name: str) -> torch.device:
     here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if not here.get(device.type, lambda: False)():
         raise UserError(f"device={name}: this machine or this build of torch has none; use --device=cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the dtype of activations for a setting."""
     bf16 = name == "bf16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
 
 
+def check_memory(config: Config, device: torch.device):
+    """Raises UserError if the weights, gradients and moments of a model, 16 bytes per parameter, exceed the device's memory."""
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # a CPU, or Metal, which shares its memory
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if 16 * config.n_parameters > available:
+        raise UserError(
+            f"dim={config.dim}, n_layers={config.n_layers}: out of memory: {config.n_parameters:,} parameters take "
+            f"{16 * config.n_parameters / 1e9:,.0f} GB, and there are {available / 1e9:,.0f} GB; choose a smaller model"
+        )
+
+
 def on_device(windows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T+1) ids -> inputs and targets (B, T) on the device."""
+    """Returns the inputs and targets (B, T) of windows (B, T+1), on the device."""
     tokens = torch.from_numpy(windows)
     tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def is_out_of_memory(e: BaseException) -> bool:
-    """Whether an error says that a tensor does not fit into memory, or that its size fits no number."""
-    said = ("can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(text in str(e) for text in said)
-
-
 def keep_freed_memory():
-    """Lets glibc reuse a step's big tensors in the next step.
+    """Makes glibc keep the memory of freed tensors for the next step.
 
-    By default it hands blocks above 32 MB back to the system when they are freed, and the page faults of taking them
-    again each step cost a tenth to a third of a small model's training time.
+    By default it returns blocks above 32 MB to the system, and the page faults of allocating them again in each step cost a
+    tenth to a third of a small model's training time.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

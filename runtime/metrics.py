@@ -1,30 +1,40 @@
-"""What a run tells: metrics.jsonl, the log line, the progress bar, and the arithmetic behind them."""
+"""Logging: metrics.jsonl, console output, step time, MFU."""
 
+import contextlib
 import json
 import math
-import os
-import sys
+import re
+import time
 from pathlib import Path
 
-from config import ModelConfig
+import torch
 
-# Dense bf16 TFLOP/s by the makers' data sheets, by the part of the name that tells cards apart.
+from config import Config, ModelConfig
+from errors import RunFailed, UserError
+from files import atomic_write
+from runtime.checkpoint import is_milestone
+
+# Dense bf16 TFLOP/s from the makers' data sheets, by the name of the card without maker, memory and form factor.
 PEAK_TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "GH200": 989, "B200": 2250, "A100": 312,
-    "A800": 312, "A10G": 70, "A30": 165, "A40": 150, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "H200": 989, "GH200": 989, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H20": 148,
+    "A100": 312, "A100 PCIe": 312, "A800": 312, "A800 PCIe": 312, "A40": 150, "A30": 165, "A10G": 70, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
+MAX_SKIPPED = 10
+NOT_THE_MODEL = r"NVIDIA|GeForce|Tesla|\d+GB|HBM\w*|SXM\d?"
 
 
 def peak_flops(card: str) -> float | None:
-    """Peak bf16 FLOP/s of a card by its name; None where the table has no entry, and the MFU is left out."""
-    found = [name for name in PEAK_TFLOPS if name in card]
-    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
+    """Returns the peak bf16 FLOP/s of a card by its whole name; None for an unknown card, whose MFU is left out."""
+    words = [word for word in re.split(r"[ -]", card) if not re.fullmatch(NOT_THE_MODEL, word)]
+    tflops = PEAK_TFLOPS.get(" ".join(words).replace("PCIE", "PCIe"))
+    return tflops and tflops * 1e12
 
 
 def flops_per_token(c: ModelConfig) -> float:
-    """FLOPs of forward and backward per token: 6 per parameter in a matrix product, and 6 T D a layer of causal attention.
+    """Returns the FLOPs of forward and backward per token: 6 per parameter of a matrix product, and 6 T D a layer of attention.
 
-    The embedding is a look-up and counts nothing; attention counts the causal half.
+    The embedding is a look-up and counts nothing; of attention the causal half counts.
     """
     attention = c.dim * (2 * c.dim + 2 * c.n_kv_heads * c.head_dim)
     matrices = c.n_layers * (attention + 3 * c.dim * c.hidden_dim) + c.vocab_size * c.dim
@@ -32,53 +42,159 @@ def flops_per_token(c: ModelConfig) -> float:
 
 
 class Metrics:
-    """The rows of runs/<name>/metrics.jsonl: one per step at which something was measured."""
+    """The rows of metrics.jsonl: one per step at which something was measured."""
 
     def __init__(self, path: Path, step: int):
-        """Goes on after `step`: rows beyond it are of a future that did not happen, and are cut. So is the row of `step`
-        itself, which stands in `last` to be completed and written again; {} where there is none.
+        """Continues after `step`. Later rows, of updates that are made again, are removed; the row of `step` itself too, which
+        `last` holds ({} if there is none) for the caller to complete and write again.
         """
         self.path = path
         rows = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
         self.last = rows.pop() if rows and rows[-1]["step"] == step else {}
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(aside, path)
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict):
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def is_measured(row: dict) -> bool:
-    """Whether the row has what validation and the copy test found."""
+def read(path: Path) -> list[dict]:
+    """Returns the rows of a metrics.jsonl. A last line that a kill has cut off is ignored; raises UserError for another one."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            if type(rows[-1]["step"]) is not int:
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number}: not a row of measurements; remove this line") from None
+    return rows
+
+
+def has_updates(path: Path) -> bool:
+    """Returns whether a metrics.jsonl has more than the evaluation before the first update."""
+    return path.exists() and len(path.read_bytes().splitlines()) > 1
+
+
+def is_evaluated(row: dict) -> bool:
+    """Returns whether the row has results of validation or the copy test."""
     return any(name.startswith(("val_", "copy_")) for name in row)
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl. A last line cut by a kill is left out."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+class Stats:
+    """Loss and gradient norm of the updates since the last log line: on the device until they are read.
+
+    An update whose loss or norm is not finite was left out. It is counted and reported; MAX_SKIPPED in a row end the run.
+    """
+
+    def __init__(self, world, skipped: int, where):
+        self.world = world
+        self.where = where  # (step, ranks) -> which data they had
+        self.unread = []
+        self.skipped = skipped
+        self.in_a_row = 0
+
+    def read(self, step: int) -> dict:
+        """Returns the row of update `step`, the last one. Raises RunFailed if there is no use in going on."""
+        stats = torch.stack(self.unread).tolist()
+        self.unread = []
+        for number, (loss, norm, own) in enumerate(stats, step - len(stats) + 1):
+            if math.isfinite(loss + norm):
+                self.in_a_row = 0
+                continue
+            self.skipped += 1
+            self.in_a_row += 1
+            flags = torch.eye(self.world.size)[self.world.rank] * (not math.isfinite(own))
+            ranks = self.world.sum(flags).nonzero().flatten().tolist()
+            where = self.where(number, ranks)
+            self.world.say(f"warning: step {number}: loss {loss}, gradient norm {norm}; the update was left out; {where}")
+            if self.in_a_row == MAX_SKIPPED:
+                raise RunFailed(
+                    f"step {number}: {MAX_SKIPPED} updates in a row had no finite loss or gradient; saved after them: the same "
+                    "command goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
+                )
+        row = {"loss": loss, "grad_norm": norm} if math.isfinite(loss + norm) else {}
+        return row | ({"skipped": self.skipped} if self.skipped else {})
 
 
-def log_line(row: dict, max_steps: int) -> str:
-    """One dense line of a row: step, %, loss, lr, ms, tokens/s, MFU where known, time to go."""
-    parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps} {row['step'] / max(max_steps, 1):4.0%}"]
-    form = {
-        "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:.2f}", "ms": "{:.1f} ms",
-        "tokens_per_s": "{:,.0f} tok/s", "mfu": "MFU {:.1%}",
+class Timer:
+    """Measures the step time without evaluations and checkpoints, and the time to go with them."""
+
+    def __init__(self, config: Config, world):
+        self.config = config
+        self.peak = None
+        if world.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(world.device))
+            self.peak = peak and peak * world.size
+        self.begun = None
+
+    def start(self, step: int):
+        self.begun = self.last = (step, time.perf_counter())
+        self.pause = 0.0
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves the time that its block takes out of the step time."""
+        started = time.perf_counter()
+        yield
+        if self.begun:
+            self.pause += time.perf_counter() - started
+
+    def lap(self, step: int) -> dict:
+        """Returns the mean step time since the last call, and what follows from it; {} if no step has been timed yet."""
+        if self.begun is None:
+            return {}
+        now = time.perf_counter()
+        seconds = (now - self.last[1] - self.pause) / (step - self.last[0])
+        average = (now - self.begun[1]) / (step - self.begun[0])
+        self.last, self.pause = (step, now), 0.0
+        speed = self.config.batch_size * self.config.seq_len / seconds
+        row = {"ms": 1000 * seconds, "tokens_per_s": speed}
+        if self.peak:
+            row["mfu"] = speed * flops_per_token(self.config) / self.peak
+        return row | {"eta_s": average * (self.config.max_steps - step)}
+
+
+def announcement(c: Config, world, per_rank: int, micro: int, train_bin) -> str:
+    """Returns the lines printed at the start: the model, the batch arithmetic, and the size of the data and milestones."""
+    lines = [
+        f"model: {c.n_layers} layers, dim {c.dim}, {c.n_parameters:,} parameters, on {world.size} x {world.device.type} with "
+        f"{c.kernels} kernels",
+        f"batch: {micro} sequences x {per_rank // micro} gradient accumulation steps x {world.size} ranks = {c.batch_size} "
+        f"sequences of {c.seq_len} = {c.batch_size * c.seq_len:,} tokens per update",
+        f"data: {train_bin.n_tokens:,} training tokens; {c.max_steps:,} updates are "
+        f"{c.max_steps * c.batch_size / train_bin.n_windows:.2f} epochs",
+    ]
+    if c.ckpt_milestones:
+        count = sum(is_milestone(step, c.milestone_interval) for step in range(c.max_steps + 1))
+        size = 4 * c.n_parameters
+        lines.append(f"milestones: {count} files of {size / 1e6:,.1f} MB, {size * count / 1e9:,.2f} GB in all")
+    return "\n".join(lines)
+
+
+def log_line(step: int, max_steps: int, row: dict) -> str:
+    """Returns a line of step, %, loss, learning rate, gradient norm, ms, tokens/s, MFU where known, and time to go."""
+    parts = [f"step {step:>{len(str(max_steps))}}/{max_steps} {step / max(max_steps, 1):4.0%}"]
+    ms = "{:.1f} ms" if row.get("ms", 0) < 1000 else "{:,.0f} ms"
+    formats = {
+        "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:.2f}", "ms": ms, "tokens_per_s": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
     }  # fmt: skip
-    parts += [text.format(row[name]) for name, text in form.items() if name in row]
+    parts += [text.format(row[name]) for name, text in formats.items() if name in row]
     if "eta_s" in row:
         parts.append(f"ETA {duration(row['eta_s'])}")
     return " | ".join(parts)
 
 
-def measured_line(row: dict) -> str:
-    """What validation and the copy test found, on a line of its own."""
-    known = ("val_loss", "val_loss_new", "val_loss_repeated", "val_bpb", "induction_max")
-    parts = [f"{name} {row[name]:.4f}" for name in row if name in known or name.startswith("copy_")]
-    return "  " + "  ".join(parts)
+def evaluation_line(row: dict) -> str:
+    """Returns a line of the losses of validation, the exact match of each copy test, and the best induction head."""
+    kinds = {"val_loss_new": "new {:.4f}", "val_loss_repeated": "repeated {:.4f}", "val_bpb": "{:.4f} bits/byte"}
+    details = ", ".join(text.format(row[name]) for name, text in kinds.items() if name in row)
+    parts = [f"val loss {row['val_loss']:.4f}" + (f" ({details})" if details else "")] if "val_loss" in row else []
+    copied = [f"{name.removeprefix('copy_exact_')} {row[name]:.3f}" for name in row if name.startswith("copy_exact_")]
+    parts += [f"copied {', '.join(copied)}"] if copied else []
+    parts += [f"induction {row['induction_max']:.3f}"] if "induction_max" in row else []
+    return "  " + " | ".join(parts)
 
 
 def duration(seconds: float) -> str:
@@ -87,21 +203,3 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
-
-
-class Progress:
-    """Log lines; on a terminal with a bar, rewritten in place."""
-
-    def __init__(self, world, max_steps: int):
-        self.world, self.max_steps, self.bar = world, max_steps, sys.stdout.isatty()
-
-    def show(self, row: dict):
-        line = log_line(row, self.max_steps)
-        if self.bar and self.world.rank == 0:
-            done = round(20 * row["step"] / max(self.max_steps, 1))
-            print(f"\r[{'#' * done}{'.' * (20 - done)}] {line}\033[K", end="", flush=True)
-        else:
-            self.world.say(line)
-
-    def say(self, text: str):
-        self.world.say(("\r\033[K" if self.bar else "") + text)

@@ -1,4 +1,4 @@
-"""The loss on held-out windows: of all tokens, and of new and repeated ones apart."""
+"""The loss on held-out windows: of all tokens, and of new and repeated ones separately."""
 
 import numpy as np
 import torch
@@ -8,9 +8,10 @@ from runtime import distributed
 
 @torch.no_grad()
 def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed.World, stop: distributed.StopSignal) -> dict:
-    """Mean loss in nats per token over the windows numbered `windows`, the same for any number of ranks, some of which may get
-    none; {} where a stop left no rank any. A token is repeated where it and the two before it occurred in that order earlier
-    in its window.
+    """Returns the mean loss in nats per token over the windows numbered `windows`, `micro` at a time; the same for any number
+    of ranks, some of which may get none. Raises Stopped if a signal asks the run to stop.
+
+    A token is repeated if it and the two before it occurred in this order earlier in its window; all others are new.
     """
     mine = windows[world.rank :: world.size]
 
@@ -31,9 +32,7 @@ def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed
     model.eval()
     sums = stop.interruptible(losses)
     model.train()
-    (new, n_new), (old, n_old) = world.sum(torch.zeros(2, 2, dtype=torch.float64) if sums is None else sums).tolist()
-    if not n_new + n_old:
-        return {}
+    (new, n_new), (old, n_old) = world.sum(sums).tolist()
     row = {"val_loss": (new + old) / (n_new + n_old)}
     if n_new and n_old:
         row |= {"val_loss_new": new / n_new, "val_loss_repeated": old / n_old}
@@ -41,7 +40,7 @@ def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed
 
 
 def repeated(ids: np.ndarray) -> np.ndarray:
-    """ids (B, T+1) -> (B, T) bool: whether target t ends a trigram that occurred earlier in its window."""
+    """Returns for windows (B, T+1) whether each target ends a trigram that occurred earlier in its window: (B, T) bool."""
     B, T = ids.shape[0], ids.shape[1] - 1
     trigrams = (ids[:, :-2] * 65536 + ids[:, 1:-1]) * 65536 + ids[:, 2:]  # (B, T-1), 48 bits each
     again = np.zeros((B, T), dtype=bool)

@@ -1,9 +1,12 @@
 """Runs that can be killed: processes forked from one that has torch imported, so that each starts in milliseconds."""
 
 import contextlib
+import errno
+import functools
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -36,10 +39,11 @@ def _train(settings, prepare):
     os.dup2(log, 2)
     import train
     from config import from_dict
+    from errors import run_command
 
     if prepare:
         prepare()
-    status = train.main(from_dict(settings))
+    status = run_command(train.main, from_dict(settings))
     sys.stdout.flush()
     os._exit(status)
 
@@ -53,6 +57,22 @@ def run(settings: dict, prepare=None) -> int:
     process = start(settings, prepare)
     process.join(120)
     return process.exitcode
+
+
+def start_ranks(settings: dict, size: int, prepare=None, of_rank_0=None) -> list:
+    """A run of several ranks on this machine, without torchrun; of_rank_0 takes the place of `prepare` on rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    prepares = [of_rank_0 or prepare] + [prepare] * (size - 1)
+    return [start(settings, functools.partial(_as_rank, i, size, port, prepares[i])) for i in range(size)]
+
+
+def _as_rank(rank, size, port, prepare):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if prepare:
+        prepare()
 
 
 def kill_at(name: str, count: int):
@@ -73,6 +93,53 @@ def slow_copy_test():
     import eval_copy
 
     eval_copy.training_row = lambda *_: [time.sleep(0.01) for _ in range(6000)] and {}
+
+
+def slow_validation():
+    """Each batch of a validation takes a minute."""
+    import runtime.validation
+
+    runtime.validation.repeated = lambda *_: print("validating", flush=True) or [time.sleep(0.01) for _ in range(6000)]
+
+
+def slow_save(seconds: float):
+    """A checkpoint takes so long to write."""
+    from runtime import checkpoint
+
+    save = checkpoint.save
+    checkpoint.save = lambda *args: (print("saving", flush=True), time.sleep(seconds), save(*args))
+
+
+def slow_micro_batches():
+    """Each gradient accumulation step takes a quarter of a second more."""
+    import train
+
+    seeds = train.dropout_seeds
+    train.dropout_seeds = lambda *args: (print("micro-batch", flush=True), time.sleep(0.25), seeds(*args))[2]
+
+
+def say_when(part: str):
+    """Says when the forward or the backward pass has begun, in this process's first block."""
+    from model import Block
+
+    name = {"forward": "register_forward_pre_hook", "backward": "register_full_backward_pre_hook"}[part]
+    init = Block.__init__
+
+    def hooked(self, *args):
+        init(self, *args)
+        getattr(self, name)(lambda *_: print(f"in {part}", flush=True))
+
+    Block.__init__ = hooked
+
+
+def no_save():
+    """Checkpoints cannot be written."""
+    from runtime import checkpoint
+
+    def save(path, state):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    checkpoint.save = save
 
 
 def slow_update():

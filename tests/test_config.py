@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config import ROOT, Config, from_dict, load, parse, usage
+from config import ROOT, Config, command_line, from_dict, load, parse
 from errors import UserError
 
 
@@ -33,6 +33,40 @@ def test_command_line_wins_over_file(tmp_path):
     assert (load([path, "--seed=4"]).seed, load([path]).seed, load([path]).dim) == (4, 3, 64)
 
 
+def test_a_value_may_follow_its_name_after_a_space_and_the_config_may_stand_anywhere(tmp_path):
+    path = write(tmp_path, "dim = 64\nn_heads = 2\n")
+    for argv in (
+        [path, "--seed", "4", "--tie_embeddings", "true", "--min_lr=1e-5"],
+        ["--seed=4", "--tie_embeddings", "true", path, "--min_lr", "1e-5"],
+        ["--tie_embeddings=true", "--seed=4", "--min_lr=1e-5", path],
+    ):
+        c = load(argv)
+        assert (c.dim, c.seed, c.tie_embeddings, c.min_lr) == (64, 4, True, 1e-5)
+
+
+def test_an_empty_out_dir_is_the_configs_own(tmp_path):
+    """As when the shell variable in --out_dir=$OUT is not set."""
+    for argv in (["--out_dir="], ["--out_dir", ""]):
+        assert load([write(tmp_path, ""), *argv]).out_dir == load([write(tmp_path, "")]).out_dir != ""
+
+
+@pytest.mark.parametrize("name", ["config.json", "ckpt.pt"])
+def test_a_file_that_is_no_config_is_refused_with_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"dim": 64, "tie_embeddings": false}')
+    with pytest.raises(UserError, match=f"{name}: a config is a Python file, such as .*--out_dir"):
+        load([str(tmp_path / name)])
+
+
+def test_the_parameters_counted_are_those_of_the_model():
+    from kernels import eager
+    from model import Llama
+
+    for argv in (["--n_kv_heads=2"], ["--tie_embeddings=true"]):
+        c = load([*argv, "--dim=32", "--n_heads=4", "--n_layers=3", "--hidden_dim=40", "--vocab_size=50"])
+        assert c.n_parameters == sum(p.numel() for p in Llama(c.model(), eager).parameters())
+    assert Config().n_parameters == 162_417_408
+
+
 def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(tmp_path):
     c = load([write(tmp_path, 'data = "data/x"'), "--out_dir=here"])
     assert Path(c.data).resolve() == ROOT / "data/x" and c.out_dir == "here"
@@ -41,11 +75,11 @@ def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--learing_rate=1e-3"], ["learing_rate", "did you mean learning_rate"]),
+        (["--learing_rate=1e-3"], ["learing_rate", "did you mean --learning_rate"]),
         (["--zzz=1"], ["zzz", "--help"]),
         (["--max_steps=many"], ["max_steps=many", "int"]),
         (["--max_steps=1.5"], ["max_steps=1.5", "int"]),
-        (["--max_steps"], ["--max_steps", "--name=value"]),
+        (["--max_steps"], ["--max_steps", "expected one argument", "--help"]),
         (["--tie_embeddings=yes"], ["tie_embeddings=yes", "true, false"]),
         (["--schedule=linear"], ["schedule=linear", "cosine"]),
         (["--learning_rate=nan"], ["learning_rate=nan"]),
@@ -107,7 +141,7 @@ def test_help_names_every_field_in_under_a_second_and_without_torch():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     # An import of torch alone takes several seconds, so twice the promise still tells, on a machine busy with tests.
     assert time.perf_counter() - started < 2
-    assert done.stdout == usage() + "\n"
+    assert done.stdout == command_line().format_help()
     for name in Config.__dataclass_fields__:
         assert f"--{name} " in done.stdout
     code = "import sys, config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"

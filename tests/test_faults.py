@@ -1,5 +1,6 @@
 """A run survives what happens to it: killed, its files damaged, its disk full, its data changed. `make soak` tries more."""
 
+import copy
 import functools
 import os
 import random
@@ -25,7 +26,7 @@ from tests import faults
 from tests.conftest import write_dataset
 from tests.faults import fault
 
-TIMES = ("ms", "tokens_per_s", "eta_s", "ckpt_s")
+TIMES = ("ms", "tokens_per_s", "eta_s")
 
 
 @pytest.fixture
@@ -141,8 +142,180 @@ def test_a_signal_cuts_the_copy_test_short_and_resume_makes_up_for_it(settings, 
         process.terminate()
         process.join(30)
         assert process.exitcode == 3 and time.monotonic() - started < 10
-        assert checkpoint.load(settings["out_dir"])["step"] == 3 and not metrics.is_measured(metrics.read(rows)[3])
+        assert checkpoint.load(settings["out_dir"])["step"] == 3 and not metrics.is_evaluated(metrics.read(rows)[3])
         assert faults.run(settings) == 0 and equals(settings, expected)
+
+
+def strike(processes, settings, said: str, number=signal.SIGTERM) -> list[int]:
+    """Sends a signal to all ranks once the log says so; the exit statuses."""
+    log = faults.log_of(settings)
+    wait_for(lambda: log.exists() and said in log.read_text())
+    time.sleep(0.1)
+    for process in processes:
+        os.kill(process.pid, number)
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+# Where a run is struck before its first update has been made: what makes it slow there, and what its log says by then.
+EARLY = {
+    "validation of step 0": (faults.slow_validation, "validating"),
+    "micro-batches of step 1": (faults.slow_micro_batches, "micro-batch"),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", EARLY)
+def test_stopped_before_the_first_update_and_started_again_it_ends_as_if_it_never_was(
+    settings, uninterrupted, name, number, ranks
+):
+    settings = settings | {"micro_batch_size": 2}
+    slow, said = EARLY[name]
+    if ranks == 1:
+        expected = uninterrupted(settings)
+    else:
+        whole = settings | {"out_dir": settings["out_dir"] + "-whole"}
+        assert join(faults.start_ranks(whole, 2)) == [0, 0]
+        expected = result(whole)
+    with fault(f"stopped before step 1, {ranks} ranks"):
+        started = faults.start_ranks(settings, 2, slow) if ranks == 2 else [faults.start(settings, slow)]
+        assert strike(started, settings, said, number) == [3] * ranks
+        assert "stopped before the first update" in faults.log_of(settings).read_text()
+        assert not list(Path(settings["out_dir"]).glob("*.pt"))
+        assert join(faults.start_ranks(settings, 2) if ranks == 2 else [faults.start(settings)]) == [0] * ranks
+        assert equals(settings, expected)
+
+
+def join(processes) -> list[int]:
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("delays", [5, pytest.param(40, marks=pytest.mark.soak)])
+def test_struck_at_once_after_launch_the_same_command_runs_it(settings, uninterrupted, delays):
+    """While it starts, SIGTERM may end it by itself: then nothing is there yet. Later it stops as asked."""
+    expected = uninterrupted(settings)
+    for i in range(delays):
+        process = faults.start(settings)
+        time.sleep(0.3 * i / delays)
+        with fault("SIGTERM at once after launch"):
+            process.terminate()
+            process.join(60)
+            assert process.exitcode in (0, 3, -signal.SIGTERM)
+    assert faults.run(settings) == 0 and equals(settings, expected)
+
+
+def test_a_checkpoint_of_step_0_without_moments_is_resumed(settings, uninterrupted):
+    """Versions before this one saved one where a signal came before the first update."""
+    expected = uninterrupted(settings)
+    assert faults.run(settings | {"max_steps": 1}) == 0
+    path = Path(settings["out_dir"]) / "ckpt.pt"
+    run = train.Run(from_dict(settings), distributed.World(0, 1, torch.device("cpu")))
+    checkpoint.save(path, checkpoint.load(path) | {"model": run.model.state_dict(), "optimizer": {}, "step": 0})
+    assert faults.run(settings) == 0 and equals(settings, expected)
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(40, marks=pytest.mark.soak)])
+def test_all_ranks_wait_until_the_checkpoint_of_a_stopped_run_is_saved(long, seconds):
+    long = long | {"max_steps": 10**6, "ckpt_interval": 10**6, "log_interval": 1}
+    with fault("SIGTERM to two ranks, slow save"):
+        ranks = faults.start_ranks(long, 2, functools.partial(faults.slow_save, seconds))
+        log = faults.log_of(long)
+        wait_for(lambda: log.exists() and "step  " in log.read_text())
+        for process in ranks:
+            process.terminate()
+        wait_for(lambda: "saving" in log.read_text())
+        time.sleep(seconds / 2)
+        assert [process.exitcode for process in ranks] == [None, None]
+        assert join(ranks) == [3, 3] and checkpoint.load(long["out_dir"])["step"] > 0
+
+
+def test_an_error_of_one_rank_is_reported_while_its_peers_are_inside_a_collective(settings):
+    with fault("one of two ranks fails"):
+        started = time.monotonic()
+        ranks = faults.start_ranks(settings, 2, of_rank_0=faults.no_save)
+        status = join(ranks)
+        assert status[0] == 2 and status[1] != 0 and time.monotonic() - started < 60
+        lines = faults.log_of(settings).read_text().splitlines()
+        assert f"rank 0: {settings['out_dir']}/ckpt.pt: Input/output error" in lines
+        assert not any(line.startswith("Traceback") for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
+def test_a_run_that_a_signal_stopped_is_not_restarted_by_torchrun(long):
+    long = long | {"max_steps": 10**6}
+    launcher = launch(long, "--nproc_per_node=2", "--standalone", "--max-restarts=1")
+    wait_for((Path(long["out_dir"]) / "ckpt.pt").exists)
+    with fault("ranks stopped under torchrun"):
+        for pid in children(launcher.pid):
+            os.kill(pid, signal.SIGTERM)
+        output = launcher.communicate(timeout=120)[0]
+        assert launcher.returncode != 0 and "exitcode  : 3" in output and "resuming" not in output
+        assert "a signal stopped this run; it is not restarted" in output
+
+
+def test_two_runs_do_not_write_to_one_folder(long):
+    first = faults.start(long | {"max_steps": 10**6})
+    rows = Path(long["out_dir"]) / "metrics.jsonl"
+    wait_for(lambda: rows.exists() and len(rows.read_text()) > 1000)
+    with fault("two runs into one folder"):
+        assert faults.run(long) == 2
+        last = faults.log_of(long).read_text().split("process ")[1]
+        assert last.startswith(f"{first.pid} is training there")
+        first.terminate()
+        first.join(30)
+        assert first.exitcode == 3
+    steps = [row["step"] for row in metrics.read(rows)]
+    assert steps == list(range(len(steps)))
+
+
+def test_a_new_run_never_mixes_with_an_older_one(settings, capsys):
+    assert faults.run(settings | {"ckpt_milestones": True}) == 0
+    out = Path(settings["out_dir"])
+    before = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("run.")}
+    with fault("new run into an older one's folder"):
+        assert faults.run(settings | {"resume": "none", "max_steps": 4, "ckpt_interval": 2, "seed": 1}) == 0
+        moved = {path.name: path.read_bytes() for path in (out / "previous-1").iterdir()}
+        assert moved == before and str(out / "previous-1") in faults.log_of(settings).read_text()
+        assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt.pt", "ckpt_2.pt", "ckpt_4.pt"]
+        assert [row["step"] for row in metrics.read(out / "metrics.jsonl")] == list(range(5))
+    older = {"resume": str(out / "ckpt_2.pt"), "max_steps": 4, "ckpt_interval": 1, "ckpt_keep": 1, "seed": 1}
+    assert faults.run(settings | older) == 0  # and going back in the run's own history leaves none of its later checkpoints
+    assert [path.name for path in (out / "previous-2").iterdir()] == ["ckpt_4.pt"]
+
+
+def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_past_them(settings, tmp_path):
+    data = write_dataset(tmp_path / "set")
+    settings = settings | dict(data=str(data), vocab_size=18, max_steps=16, eval_interval=0, log_interval=4)
+    poison(settings, data, *range(3 * 8, 14 * 8, 8))  # a window in each batch of the steps 4 to 14
+    with fault("non-finite loss in ten batches"):
+        assert faults.run(settings) == 4
+        log = faults.log_of(settings).read_text()
+        assert log.count("the update was left out") == 10 and "step 13: 10 updates in a row" in log.splitlines()[-1]
+        assert faults.run(settings) == 0
+        state, rows = result(settings)
+        assert state["step"] == 16 and state["skipped"] == rows[-1]["skipped"] == 11
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_a_signal_stops_a_step_in_tritons_interpreter_between_two_operations(settings, part):
+    """A step that takes a minute or more, which is not waited for. It changes nothing."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    settings = settings | dict(dim=64, n_layers=5, n_heads=4, max_steps=2, eval_interval=0, kernels="fused")
+    process = faults.start(settings, functools.partial(faults.say_when, part))
+    log = faults.log_of(settings)
+    wait_for(lambda: log.exists() and f"in {part}" in log.read_text(), 300)
+    assert "warning: on a CPU the fused kernels run in Triton's interpreter" in log.read_text()
+    with fault("SIGTERM in Triton's interpreter"):
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 3 and time.monotonic() - started < 15
+        assert "stopped before the first update" in log.read_text()
 
 
 def test_a_second_sigint_ends_it_at_once(settings):
@@ -158,42 +331,51 @@ def test_a_second_sigint_ends_it_at_once(settings):
     assert process.exitcode == -signal.SIGINT
 
 
-def poison(settings, data, position):
-    """A checkpoint at step 1, with NaN for the embedding of a token that one window has: the one at `position` of the order."""
+def poison(settings, data, *positions):
+    """A checkpoint at step 1, with NaN for the embedding of a token that only the windows at these positions of the run have;
+    the last one's number.
+    """
     assert faults.run(settings | {"max_steps": 1}) == 0
     path = Path(settings["out_dir"]) / "ckpt.pt"
     state = checkpoint.load(path)
     state["model"]["embed.weight"][17] = float("nan")
     checkpoint.save(path, state)
     tokens = np.fromfile(data / "train.bin", TOKEN)
-    window = bins.order(0, 0, (len(tokens) - 1) // 31)[position]
-    tokens[window * 31 + 5] = 17
+    windows = bins.order(0, 0, (len(tokens) - 1) // 31)[list(positions)]
+    tokens[windows * 31 + 5] = 17
     tokens.tofile(data / "train.bin")
-    return window
+    return windows[-1]
 
 
 def test_a_non_finite_loss_never_reaches_the_parameters_and_is_told_with_its_batch(settings, tmp_path):
-    """On two ranks, at step 3, in the second rank's share."""
+    """On two ranks, at step 3, in the second rank's share. The run goes on, also when it is resumed before that step."""
     settings = settings | dict(data=str(write_dataset(tmp_path / "set")), vocab_size=18, log_interval=100, eval_interval=0)
     window = poison(settings, tmp_path / "set", 2 * 8 + 4 + 1)
-    before = (Path(settings["out_dir"]) / "ckpt.pt").read_bytes()
     with fault("non-finite loss"):
         output = launch(settings, "--nproc_per_node=2", "--standalone").communicate(timeout=120)[0]
-        line = next(line for line in output.splitlines() if line.startswith("step 3: loss nan"))
+        line = next(line for line in output.splitlines() if line.startswith("warning: step 3: loss nan"))
         assert "on rank 1, windows" in line and f", {window}," in line and "rank 0" not in line
         assert line.endswith(f"python -m data.bins {settings['out_dir']} --step 3")
-        assert "exitcode  : 4" in output and (Path(settings["out_dir"]) / "ckpt.pt").read_bytes() == before
-    run = train.Run(from_dict(settings), distributed.World(0, 1, torch.device("cpu")))
-    assert run.begin()
-    run.look(2, run.update(2))
-    weights = [p.clone() for p in run.model.parameters()]
-    moments = [run.optimizer.state[p]["exp_avg"].clone() for p in run.model.parameters()]
-    health = run.update(3)
-    assert not health.isfinite().all()
-    assert all(same(torch.nan_to_num(p), torch.nan_to_num(q)) for p, q in zip(run.model.parameters(), weights, strict=True))
-    assert all(same(run.optimizer.state[p]["exp_avg"], m) for p, m in zip(run.model.parameters(), moments, strict=True))
-    with pytest.raises(train.RunFailed, match="step 3: loss nan, gradient norm nan; on rank 0, windows"):
-        run.look(3, health)
+        state, rows = result(settings)
+        assert state["step"] == rows[-1]["step"] == 6 and state["skipped"] == rows[-1]["skipped"] == 1
+        assert all(p.isfinite().all() for name, p in state["model"].items() if name != "embed.weight")
+        assert all(m.isfinite().all() for moments in state["optimizer"].values() for m in moments.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_that_is_left_out_changes_neither_parameters_nor_moments(settings, tmp_path, optimizer):
+    settings = settings | dict(data=str(write_dataset(tmp_path / "set")), vocab_size=18, optimizer=optimizer)
+    poison(settings, tmp_path / "set", 2 * 8 + 4 + 1)
+    config, world = from_dict(settings), distributed.World(0, 1, torch.device("cpu"))
+    run = train.Run(config, world)
+    checkpoint.restore("", checkpoint.load(settings["out_dir"]), run.model, run.optimizer)
+    for step, is_finite in ((2, True), (3, False)):
+        before = [p.clone() for p in run.model.parameters()], copy.deepcopy(run.optimizer.state_dict()["state"])
+        stats = train.update(step, run.model, run.optimizer, run.train_bin, config, world, run.stop)
+        assert stats.isfinite().all() == is_finite
+        after = list(run.model.parameters()), run.optimizer.state_dict()["state"]
+        assert same([torch.nan_to_num(p) for p in after[0]], [torch.nan_to_num(p) for p in before[0]]) != is_finite
+        assert same(after[1], before[1]) != is_finite
 
 
 def places(path, each):

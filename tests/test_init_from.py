@@ -37,7 +37,7 @@ def test_the_first_losses_are_those_of_the_weights_started_from(settings, source
     assert f"starting from the weights of {path}, step {0 if kind == 'hugging face' else 8} there" in capsys.readouterr().out
     model, tokenizer, _ = eval_copy.load(path, device="cpu")
     train_bin, val_bin = (bins.Bin(Path(settings["data"]) / f"{split}.bin", 31, tokenizer.size) for split in ("train", "val"))
-    val = validate(model, val_bin, bins.order(0, 0, val_bin.n_windows)[:16], 8, WORLD, StopSignal())
+    val = validate(model, val_bin, bins.order(0, 0, val_bin.n_windows)[:16], 8, WORLD, StopSignal(WORLD))
     assert ({"step": 0, "tokens": 0} | val).items() <= started[0].items()
     x, y = on_device(train_bin.windows(bins.window_indices(0, 0, 8, train_bin.n_windows)), WORLD.device)
     assert started[1]["loss"] == model(x, y).item() != run(settings, max_steps=1, resume="none")[1]["loss"]

@@ -50,6 +50,32 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
         checkpoint.load(tmp_path / "nothing.pt")
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every file")
+def test_a_file_that_may_not_be_read_says_so(tmp_path):
+    checkpoint.save(tmp_path / "ckpt.pt", STATE)
+    (tmp_path / "ckpt.pt").chmod(0)
+    with pytest.raises(UserError, match="ckpt.pt: cannot be read: Permission denied"):
+        checkpoint.load(tmp_path)
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_file_of_another_kind(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "ckpt.pt", STATE)
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", fail)
+    with pytest.raises(UserError, match="ckpt.pt: cannot be read: Input/output error"):
+        checkpoint.load(tmp_path)
+
+
+def test_files_of_other_names_are_no_checkpoints_of_a_step(tmp_path):
+    for name in ("ckpt.pt", "ckpt_10.pt", "ckpt_9.pt", "ckpt_best.pt", "ckpt_7.pt.bak", "milestone_8.pt", "ckpt_-1.pt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoint.newest_first(tmp_path)] == ["ckpt.pt", "ckpt_10.pt", "ckpt_9.pt"]
+    assert list(checkpoint.by_step(tmp_path, "milestone")) == [8]
+
+
 def test_a_flipped_byte_and_a_cut_file_are_refused(tmp_path):
     path = tmp_path / "ckpt.pt"
     checkpoint.save(path, STATE)

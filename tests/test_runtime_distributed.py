@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from config import ROOT
-from runtime import metrics
+from config import ROOT, Config
+from errors import UserError
+from runtime import distributed, metrics
 from tests.conftest import write_dataset
 
 
@@ -49,3 +51,29 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(settings):
     args = [f"--{k}={v}" for k, v in (settings | {"batch_size": 7, "micro_batch_size": 1}).items()]
     done = subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("batch_size=7: must be a multiple of the 2 ranks") == 1
+
+
+def test_a_numbered_gpu_is_the_one_that_is_used(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert distributed.start(Config(device="cuda:1")).device == torch.device("cuda:1") == chosen[-1]
+    assert distributed.pick_device("cuda:1") == torch.device("cuda:1") and len(chosen) == 2
+    with pytest.raises(UserError, match="device=cuda:2: this machine has 2 GPUs"):
+        distributed.pick_device("cuda:2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device=cuda:1: each rank takes a GPU of its own; pass --device=cuda"):
+        distributed.start(Config(device="cuda:1"))
+
+
+def test_the_ranks_do_not_exchange_buffers_that_never_change(monkeypatch):
+    given = {}
+
+    class Wrapper:
+        def __init__(self, model, gradient_as_bucket_view=False, broadcast_buffers=True):
+            given.update(view=gradient_as_bucket_view, buffers=broadcast_buffers)
+
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Wrapper)
+    distributed.data_parallel(torch.nn.Linear(1, 1), distributed.World(0, 2, torch.device("cpu")))
+    assert given == {"view": True, "buffers": False}

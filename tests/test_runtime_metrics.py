@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import torch
 
-from config import ModelConfig
+from config import Config, ModelConfig
 from runtime import metrics
+from runtime.distributed import World
 
 
 def test_flops_per_token_of_llama162m():
@@ -12,11 +14,18 @@ def test_flops_per_token_of_llama162m():
     assert metrics.flops_per_token(ModelConfig()) == 6 * matrices + 6 * 12 * 1024 * 768 == pytest.approx(884e6, rel=1e-3)
 
 
-def test_an_unknown_card_has_no_peak_and_a_longer_name_wins():
-    assert metrics.peak_flops("NVIDIA H200") == 989e12
-    assert metrics.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert metrics.peak_flops("NVIDIA L40S") == 362e12
-    assert metrics.peak_flops("Quadro 9") is None
+def test_a_card_is_known_by_its_whole_name():
+    known = {
+        "NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA L40S": 362, "NVIDIA L40": 181, "NVIDIA L4": 121,
+        "NVIDIA A40": 150, "NVIDIA GeForce RTX 4090": 165,
+    }  # fmt: skip
+    assert {card: metrics.peak_flops(card) for card in known} == {card: tflops * 1e12 for card, tflops in known.items()}
+    for unknown in (
+        "Quadro 9", "NVIDIA RTX A4000", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA H20-3e", "",
+    ):  # fmt: skip
+        assert metrics.peak_flops(unknown) is None, unknown
 
 
 def test_rows_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
@@ -38,6 +47,34 @@ def test_rows_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
 
 def test_the_log_line_leaves_out_what_is_not_known():
     row = {"step": 50, "tokens": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "ms": 3.0, "tokens_per_s": 1e5, "eta_s": 3700}
-    line = metrics.log_line(row, 200)
+    line = metrics.log_line(50, 200, row)
     assert line == "step  50/200  25% | loss 2.0000 | lr 1.00e-03 | norm 1.00 | 3.0 ms | 100,000 tok/s | ETA 1h01m"
-    assert "MFU 41.0%" in metrics.log_line(row | {"mfu": 0.41}, 200)
+    assert "MFU 41.0%" in metrics.log_line(50, 200, row | {"mfu": 0.41})
+
+
+def test_every_line_fits_120_columns():
+    row = {
+        "loss": 11.2345, "lr": 1e-3, "grad_norm": 123.45, "ms": 12345.6, "tokens_per_s": 1234567.0, "mfu": 0.41, "eta_s": 1e6,
+        "val_loss": 10.1234, "val_loss_new": 10.1234, "val_loss_repeated": 10.1234, "val_bpb": 3.1234, "copy_exact_full": 1.0,
+        "copy_token_full": 1.0, "copy_exact_hex16": 0.123, "copy_token_hex16": 0.1, "induction_max": 0.987,
+    }  # fmt: skip
+    line = metrics.log_line(76294, 76294, row)
+    assert len(line) <= 120 and "MFU 41.0%" in line and "ETA 277h46m" in line
+    line = metrics.evaluation_line(row)
+    assert len(line) <= 120 and "val loss 10.1234" in line and "full 1.000, hex16 0.123" in line and "induction 0.987" in line
+
+
+def test_the_time_to_go_includes_evaluations_and_the_step_time_does_not(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    timer = metrics.Timer(Config(batch_size=2, seq_len=5, max_steps=31), World(0, 1, torch.device("cpu")))
+    with timer.paused():  # before the first update, as is its compilation: neither counts
+        now[0] += 100
+    assert timer.lap(1) == {}
+    timer.start(1)
+    now[0] += 10  # ten steps of a second
+    assert timer.lap(11) == {"ms": 1000, "tokens_per_s": 10, "eta_s": 20}
+    with timer.paused():
+        now[0] += 30
+    now[0] += 10
+    assert timer.lap(21) == {"ms": 1000, "tokens_per_s": 10, "eta_s": 25}  # 50 s in 20 steps, and 10 to go

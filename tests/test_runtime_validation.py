@@ -28,7 +28,7 @@ def test_validation_is_the_mean_over_tokens_of_fixed_windows(settings):
     config = from_dict(settings)
     model = Llama(config.model(), eager)
     val = bins.Bin(Path(config.data) / "val.bin", config.seq_len, config.vocab_size)
-    windows, stop = np.arange(val.n_windows), distributed.StopSignal()
+    windows, stop = np.arange(val.n_windows), distributed.StopSignal(WORLD)
     got = validate(model, val, windows, 3, WORLD, stop)
     assert got == validate(model, val, windows, 3, WORLD, stop)
     ids = torch.from_numpy(val.windows(windows))
@@ -42,7 +42,7 @@ def test_validation_is_the_mean_over_tokens_of_fixed_windows(settings):
 def test_a_signal_leaves_validation_where_it_is(settings):
     config = from_dict(settings)
     val = bins.Bin(Path(config.data) / "val.bin", config.seq_len, config.vocab_size)
-    stop, seen = distributed.StopSignal(), []
+    stop, seen = distributed.StopSignal(WORLD), []
 
     class Interrupted(bins.Bin):
         def windows(self, indices):
@@ -52,6 +52,9 @@ def test_a_signal_leaves_validation_where_it_is(settings):
             return val.windows(indices)
 
     interrupted = Interrupted(val.path, config.seq_len, config.vocab_size)
-    validate(Llama(config.model(), eager), interrupted, np.arange(val.n_windows), 3, WORLD, stop)
+    with pytest.raises(distributed.Stopped):
+        validate(Llama(config.model(), eager), interrupted, np.arange(val.n_windows), 3, WORLD, stop)
     assert seen == [3, 3] and stop.asked  # of 17 calls
-    assert validate(Llama(config.model(), eager), val, np.arange(val.n_windows), 3, WORLD, stop) == {}  # it stays so
+    with pytest.raises(distributed.Stopped):  # it stays asked
+        validate(Llama(config.model(), eager), interrupted, np.arange(val.n_windows), 3, WORLD, stop)
+    assert seen == [3, 3]

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 import train
-from config import ROOT, Config, from_command_line, from_dict
+from config import ROOT, Config, from_dict, load
 from data import bins
 from data.meta import SPLITS
-from errors import UserError
+from errors import RunFailed, UserError, run_command
 from kernels import eager
 from model import Llama
 from runtime import checkpoint, distributed, metrics
+from runtime.optim import learning_rate
 from tests.conftest import write_dataset
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))
@@ -55,7 +57,7 @@ def test_a_run_leaves_its_directory_as_documented(settings):
     out = Path(settings["out_dir"])
     assert sorted(p.name for p in out.iterdir()) == [
         "ckpt.pt", "ckpt_4.pt", "ckpt_6.pt", "config.json", "metrics.jsonl",
-        "milestone_1.pt", "milestone_2.pt", "milestone_4.pt",
+        "milestone_1.pt", "milestone_2.pt", "milestone_4.pt", "run.lock", "run.pid",
     ]  # fmt: skip
     assert [row["step"] for row in rows] == list(range(7))
     assert rows[3].keys() >= {"tokens", "loss", "lr", "grad_norm", "tokens_per_s", "eta_s", "val_loss", "induction_max"}
@@ -110,7 +112,9 @@ def test_measuring_does_not_change_training(settings, tmp_path):
     assert equal(weights(settings), weights(settings, **quiet))
 
 
-@pytest.mark.parametrize("extra", [{}, {"attn_dropout": 0.2, "schedule": "cosine"}], ids=["plain", "dropout"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"attn_dropout": 0.2, "schedule": "cosine"}, {"optimizer": "muon"}], ids=["plain", "dropout", "muon"]
+)
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extra):
     whole = dict(out_dir=str(tmp_path / "whole"), max_steps=10, ckpt_interval=4) | extra
     rows = run(settings, **whole)
@@ -120,7 +124,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extr
     (cut / "ckpt_4.pt").replace(cut / "ckpt.pt")  # as after a kill past step 4
     again = run(settings, **whole | {"out_dir": settings["out_dir"]})
     assert equal(weights(settings), weights(settings, **whole))
-    strip = lambda rows: [{k: r[k] for k in r if k not in ("ms", "tokens_per_s", "eta_s", "ckpt_s")} for r in rows]  # noqa: E731
+    strip = lambda rows: [{k: r[k] for k in r if k not in ("ms", "tokens_per_s", "eta_s")} for r in rows]  # noqa: E731
     assert strip(again) == strip(rows)
 
 
@@ -148,11 +152,20 @@ def test_the_seed_decides_the_run_and_nothing_else_does(settings, tmp_path):
     assert losses(runs[0]) == losses(runs[1]) != losses(runs[2])
 
 
-def test_a_non_finite_loss_ends_the_run_before_it_is_saved(settings):
-    with pytest.raises(train.RunFailed, match="step .*nan"):
+def test_a_loss_that_stays_non_finite_ends_the_run_and_never_reaches_the_parameters(settings, capsys):
+    with pytest.raises(RunFailed, match="10 updates in a row .*--allow_changes=true"):
         run(settings, learning_rate=1e30, grad_clip=0.0, warmup_steps=0, max_steps=50, ckpt_interval=7)
-    saved = Path(settings["out_dir"]) / "ckpt.pt"
-    assert not saved.exists() or all(p.isfinite().all() for p in checkpoint.load(saved)["model"].values())
+    assert capsys.readouterr().out.count("the update was left out") == 10
+    assert all(p.isfinite().all() for p in weights(settings).values())
+
+
+def test_a_batch_that_does_not_fit_memory_is_refused_with_a_smaller_micro_batch(settings, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(train, "update", full)
+    assert status(flags(settings)) == 2
+    assert capsys.readouterr().err == "out of memory; try --micro_batch_size=4, or a smaller model\n"
 
 
 def test_sigterm_saves_and_exits_with_3_and_the_run_goes_on(settings):
@@ -163,7 +176,7 @@ def test_sigterm_saves_and_exits_with_3_and_the_run_goes_on(settings):
             break
     process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 3 and "the same command goes on from there" in rest
+    assert process.returncode == 3 and "the same command resumes there" in rest
     step = checkpoint.load(settings["out_dir"])["step"]
     assert 0 < step < 100000
     assert len(run(settings, max_steps=step + 2, ckpt_interval=100000)) == step + 3
@@ -171,7 +184,7 @@ def test_sigterm_saves_and_exits_with_3_and_the_run_goes_on(settings):
 
 def test_learning_rate_at_its_edges():
     c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, schedule="cosine")
-    at = lambda step, c=c: train.learning_rate(step, c)  # noqa: E731
+    at = lambda step, c=c: learning_rate(step, c)  # noqa: E731
     assert (at(1), at(5), at(10)) == (0.1, 0.5, 1.0)
     assert at(60) == pytest.approx(0.55) and at(110) == pytest.approx(0.1) and at(111) == pytest.approx(0.1)
     none = Config(learning_rate=1.0, warmup_steps=0, max_steps=10, schedule="cosine")
@@ -184,17 +197,6 @@ def test_learning_rate_at_its_edges():
     assert {at(s, flat) for s in range(2, 11)} == {1.0}
     wsd = Config(learning_rate=1.0, warmup_steps=2, max_steps=10, schedule="wsd")
     assert [at(s, wsd) for s in (2, 8, 9, 10)] == [1.0, 1.0, 0.5, 0.0]
-
-
-def test_each_parameter_is_in_one_group_and_only_matrices_decay():
-    for tie in (False, True):
-        config = Config(dim=16, n_heads=2, n_layers=2, hidden_dim=8, vocab_size=9, tie_embeddings=tie, weight_decay=0.1)
-        model = Llama(config.model(), eager)
-        decayed, kept = train.make_optimizer(model, config).param_groups
-        assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
-        ids = [id(p) for p in decayed["params"] + kept["params"]]
-        assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
-        assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in kept["params"])
 
 
 def test_dropout_seeds_depend_on_the_position_in_the_run_alone():
@@ -253,17 +255,17 @@ MISTAKES = {
     "micro batch": (lambda s, t: flags(s, micro_batch_size=3), ["micro_batch_size=3", "8 sequences"]),
     "no checkpoint": (lambda s, t: flags(s, resume=t / "x.pt"), ["x.pt", "no such checkpoint"]),
     "device": (lambda s, t: flags(s, device="cudda"), ["device=cudda", "auto, cuda, mps or cpu"]),
-    "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["out of memory", "--micro_batch_size=4"]),
+    "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["dim=2097152", "out of memory", "a smaller model"]),
+    "batch": (lambda s, t: flags(s, batch_size=1e8), ["batch_size=100000000", "only 361 sequences"]),
+    "out_dir": (lambda s, t: flags(s, out_dir=f"{s['data']}/train.bin/run"), ["out_dir=", "train.bin is a file"]),
+    "data file": (lambda s, t: flags(s, data=f"{s['data']}/train.bin"), ["is a file", "--data="]),
     "long window": (lambda s, t: flags(s, seq_len=10**6), ["tokens", "--seq_len="]),
 }
 
 
 def status(argv):
-    """The exit status of train.py, in this process."""
-    try:
-        return train.main(from_command_line(argv))
-    except SystemExit as e:
-        return e.code
+    """Returns the exit status of train.py, in this process."""
+    return run_command(lambda argv: train.main(load(argv)), argv)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -293,6 +295,14 @@ def test_a_bad_bin_ends_with_status_2_and_one_line(settings, tmp_path, capsys, d
         assert word in error
 
 
+@pytest.mark.parametrize("name", ["out_dir", "data", "batch_size", "micro_batch_size"])
+def test_what_cannot_work_is_refused_before_the_model_is_built(settings, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("")
+    wrong = {"out_dir": tmp_path / "file", "data": tmp_path / "file", "batch_size": 10**8, "micro_batch_size": 3}
+    monkeypatch.setattr(train, "Llama", None)
+    assert status(flags(settings, **{name: wrong[name]})) == 2
+
+
 def test_a_run_works_from_another_folder(settings, tmp_path):
     assert cli(*flags(settings, max_steps=1, eval_interval=0), cwd=tmp_path).returncode == 0
     started = time.perf_counter()
@@ -315,6 +325,96 @@ def test_missing_data_that_needs_no_network_is_offered_on_a_terminal(settings, t
             run(settings, **made)
     command = f"python -m data.prepare repeats --rows=400 --length=32 --alphabet=16 '--out={tmp_path}/a set'"
     assert command in asked[0]
+
+
+def test_end_of_input_at_the_question_means_no(settings, tmp_path, monkeypatch, capsys):
+    def ctrl_d(question):
+        raise EOFError
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", ctrl_d)
+    assert status(flags(settings, data=tmp_path / "none", prepare="repeats")) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/none/train.bin: not found\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a thing of Unix")
+def test_ctrl_c_at_the_question_ends_with_130_and_one_line(settings, tmp_path):
+    import pty
+
+    master, slave = pty.openpty()
+    arguments = flags(settings, data=tmp_path / "none", prepare="repeats")
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    read = b""
+    while b"Make it now?" not in read:
+        read += os.read(process.stdout.fileno(), 1000)
+    time.sleep(1)  # input() runs no handler between the prompt and the read
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1].decode().splitlines() == ["interrupted"] and process.returncode == 130
+    os.close(master)
+    os.close(slave)
+
+
+def test_ctrl_c_during_the_imports_ends_with_130_and_one_line(settings):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "train.py", *flags(settings)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # of the modules imported
+        if "torch._C" in line or "torch.version" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = [line for line in process.communicate(timeout=60)[1].splitlines() if not line.startswith("import time:")]
+    assert process.returncode == 130 and rest == ["interrupted"]
+
+
+def test_other_files_in_the_run_folder_do_not_disturb_it(settings):
+    run(settings, max_steps=3)
+    out = Path(settings["out_dir"])
+    (out / "ckpt_best.pt").write_bytes(b"mine")
+    (out / "milestone_x.pt").write_bytes(b"mine too")
+    assert len(losses(run(settings))) == 6 and (out / "ckpt_best.pt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "lo\x00', "[1]", "{}", "\xff"])
+def test_a_damaged_row_of_measurements_is_named_on_resume(settings, capsys, line):
+    run(settings, max_steps=3)
+    path = Path(settings["out_dir"]) / "metrics.jsonl"
+    rows = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([rows[0], line.encode("latin-1"), *rows[2:]]) + b"\n")
+    assert status(flags(settings)) == 2
+    assert capsys.readouterr().err == f"{path}:2: not a row of measurements; remove this line\n"
+    path.write_bytes(b"\n".join([rows[0], *rows[2:]]) + b"\n")
+    assert status(flags(settings)) == 0
+
+
+def test_settings_of_the_optimizer_change_on_request_and_the_change_is_recorded(settings, tmp_path, capsys):
+    """A run at a constant rate is cooled down from one of its checkpoints."""
+    run(settings, max_steps=4, ckpt_interval=2)
+    cool = dict(schedule="cosine", learning_rate=2e-2, attn_dropout=0.5, weight_decay=0.1, grad_clip=0.5, warmup_steps=0)
+    assert status(flags(settings, max_steps=8, **cool)) == 2
+    assert "schedule constant -> cosine" in capsys.readouterr().err
+    assert status(flags(settings, max_steps=8, allow_changes="true", seed=1, **cool)) == 2  # not what decides the data
+    assert "seed 0 -> 1" in capsys.readouterr().err
+    rows = run(settings, max_steps=8, allow_changes=True, **cool)
+    changed = next(row["changed"] for row in rows if "changed" in row)
+    assert changed.keys() == cool.keys() and changed["schedule"] == ["constant", "cosine"]
+    assert rows[-1]["lr"] == 0 and [row["step"] for row in rows] == list(range(9))
+    saved = json.loads((Path(settings["out_dir"]) / "config.json").read_text())
+    assert saved["allow_changes"] is True and saved["schedule"] == "cosine"
+    assert "schedule constant -> cosine" in capsys.readouterr().out
+    assert len(run(settings, max_steps=9, **cool)) == 10  # once changed, it is the run's own setting
+
+
+def test_the_op_set_is_recorded_and_a_resume_that_changes_it_says_so(settings, monkeypatch, capsys):
+    run(settings, max_steps=2, kernels="eager")
+    assert checkpoint.load(settings["out_dir"])["config"]["kernels"] == "eager"
+    other = type(sys)("kernels.other")
+    other.__dict__.update({name: f for name, f in vars(eager).items() if not name.startswith("__")})
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: other)
+    monkeypatch.setattr(train.dataclasses, "replace", lambda c, kernels: from_dict(vars(c) | {"kernels": "fused"}))
+    run(settings, max_steps=3)
+    assert capsys.readouterr().out.count("eager kernels made this checkpoint; it goes on with fused") == 1
 
 
 def test_fused_kernels_give_the_losses_of_eager(settings, tmp_path):

@@ -1,0 +1,78 @@
+"""The learning rate, AdamW, and Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+
+import math
+
+import torch
+
+from config import Config
+
+
+def learning_rate(step: int, c: Config) -> float:
+    """Returns the learning rate of update number `step`, 1 .. max_steps: linear warm-up, then the schedule."""
+    if step <= c.warmup_steps:
+        return c.learning_rate * step / c.warmup_steps
+    start = {"constant": c.max_steps, "cosine": c.warmup_steps, "wsd": max(c.warmup_steps, round(0.8 * c.max_steps))}
+    progress = min(1.0, max(0, step - start[c.schedule]) / max(1, c.max_steps - start[c.schedule]))
+    down = (1 - math.cos(math.pi * progress)) / 2 if c.schedule == "cosine" else progress
+    return c.learning_rate + (c.min_lr - c.learning_rate) * down
+
+
+def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Returns the optimizer of config.optimizer. Matrices decay by weight_decay, norm weights do not.
+
+    With `muon`, the matrices of the blocks are updated by Muon, and the embedding, the output head and the norms by AdamW.
+    """
+    muon = []
+    if config.optimizer == "muon":
+        muon = [p for name, p in model.named_parameters() if p.dim() >= 2 and name.startswith("blocks.")]
+    chosen = {id(p) for p in muon}
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in chosen]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return Muon(muon, adamw, config.learning_rate, config.weight_decay) if muon else adamw
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon: the update of a matrix is its Nesterov momentum, orthogonalized; the other parameters are AdamW's.
+
+    The update is scaled to the root mean square of AdamW's (0.2 sqrt(max(shape)), Liu et al. 2025, arXiv 2502.16982), so that
+    one learning rate and one weight decay serve both. As fused AdamW does, it changes nothing where `found_inf` is 1.
+    """
+
+    found_inf = None
+
+    def __init__(self, matrices: list, adamw: torch.optim.AdamW, lr: float, weight_decay: float, momentum=0.95):
+        self.adamw = adamw
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, muon=True))
+        self.param_groups += adamw.param_groups
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum = buffer.lerp(p.grad, 1 - group["momentum"])
+            update = orthogonalize(p.grad.lerp(momentum, group["momentum"])) * (0.2 * max(p.shape) ** 0.5)
+            new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+            skip = torch.zeros((), device=p.device) if self.found_inf is None else self.found_inf
+            p.copy_(torch.where(skip > 0, p, new))
+            buffer.copy_(torch.where(skip > 0, buffer, momentum))
+        # load_state_dict replaces both of these, and AdamW works on the same ones.
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+
+
+def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Returns about U V^T of x = U S V^T (n, m), singular values of 0.7 to 1.2, by a quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.bfloat16() if x.is_cuda else x
+    y = y.T if len(x) > x.shape[1] else y
+    y = y / (y.norm() + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return (y.T if len(x) > x.shape[1] else y).to(x.dtype)

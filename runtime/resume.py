@@ -1,0 +1,93 @@
+"""What a run begins with: its own newest checkpoint, or the weights of another model."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import config as settings
+from config import Config
+from errors import UserError
+from runtime import checkpoint
+
+AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
+
+
+def newest(config: Config, fingerprint: str, world) -> tuple[Path, dict] | None:
+    """Returns the checkpoint that this run resumes, and its path; None for a new run. Raises UserError for another run's."""
+    if config.resume == "none":
+        return None
+    paths = checkpoint.newest_first(Path(config.out_dir)) if config.resume == "auto" else [Path(config.resume)]
+    if not paths:
+        return None
+    for i, path in enumerate(paths):
+        try:
+            state = checkpoint.load(path)
+            break
+        except UserError as e:
+            if path == paths[-1]:
+                raise
+            world.say(f"warning: {e}; taking {paths[i + 1]}")
+    check(path, state, config, fingerprint)
+    return path, state
+
+
+def check(path: Path, state: dict, config: Config, fingerprint: str):
+    """Raises UserError if the checkpoint is not one that a run with these settings and this data may resume."""
+    if "optimizer" not in state:
+        raise UserError(f"{path}: a milestone holds weights alone; resume from a ckpt.pt, or pass --init_from")
+    source = state["config"].get("init_from") or ""
+    if config.init_from and os.path.realpath(config.init_from) != os.path.realpath(str(source)):
+        raise UserError(
+            f"init_from={config.init_from}: {path} has init_from={source!r}; leave it out to resume, name another --out_dir, "
+            "or start anew with --resume=none"
+        )
+    free = settings.MAY_CHANGE | (settings.MAY_CHANGE_ON_REQUEST if config.allow_changes else set())
+    different = settings.changed(state["config"], config)
+    changed = [f"{name} {then} -> {now}" for name, (then, now) in different.items() if name not in free]
+    if state.get("data_fingerprint") != fingerprint:
+        changed.append(f"the data in {config.data}")
+    if changed:
+        raise UserError(
+            f"{path}: made with other settings: {', '.join(changed)}; set them back, name another --out_dir, or start anew "
+            "with --resume=none"
+        )
+
+
+def changes(state: dict, config: Config, world) -> dict:
+    """Reports a resume that changes the op set or, on request, settings of the optimizer. Returns what
+    metrics.jsonl records of them: {"changed": {name: [value then, value now]}}, or {}.
+    """
+    different = settings.changed(state["config"], config)
+    then = state["config"].get("kernels")
+    if "kernels" in different and then != "auto":  # auto: a checkpoint that did not record its op set
+        world.say(f"warning: {then} kernels made this checkpoint; it goes on with {config.kernels}, which rounds differently")
+    changed = {name: list(different[name]) for name in settings.MAY_CHANGE_ON_REQUEST & different.keys()}
+    for name, (before, now) in sorted(changed.items()):
+        world.say(f"changed from here on: {name} {before} -> {now}")
+    return {"changed": changed} if changed else {}
+
+
+def start_from(path, state: dict, config: Config, model, tokenizer, world):
+    """Copies the weights of `state`, loaded from `path`, into a new run's model.
+
+    They must be of this very model: another context or dropout does not change what it computes, another rope_theta or
+    norm_eps does. Warns of a tokenizer that is not the data's: the same ids then mean other text.
+    """
+    try:
+        theirs = settings.from_checkpoint(state["config"]).model()
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    values = {name: value for name, value in dataclasses.asdict(theirs).items() if name not in AS_IT_IS}
+    if other := {name: value for name, value in values.items() if value != getattr(config, name)}:
+        mine = ", ".join(f"{name}={getattr(config, name)}" for name in other)
+        wanted = " ".join(f"--{name}={str(value).lower()}" for name, value in other.items())
+        raise UserError(f"{mine}, but init_from={path} has {', '.join(map(str, other.values()))}; pass {wanted}")
+    checkpoint.restore(path, state, model)
+    world.say(f"starting from the weights of {path}, step {state['step']} there")
+    if "ids" not in (tokenizer.kind, state["tokenizer"].get("kind")):
+        if _without_counts(state["tokenizer"]) != _without_counts(tokenizer.state()):
+            world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids mean other text")
+
+
+def _without_counts(tokenizer: dict) -> dict:
+    return {name: value for name, value in tokenizer.items() if name != "counts"}

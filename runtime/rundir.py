@@ -1,0 +1,95 @@
+"""The run directory: one run at a time writes to it, and a new run does not mix with an old one.
+
+run.lock   held while a run writes here
+run.pid    the process that holds or held it, and whether a signal stopped it
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+
+import filelock
+
+from config import Config
+from errors import UserError
+from files import atomic_write
+from runtime import checkpoint, metrics
+
+OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png")
+
+
+def check(path) -> Path:
+    """Returns the path of a run directory that can be made or written to; raises UserError for another one."""
+    path = Path(path)
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"out_dir={path}: {parent} is a file; name a folder")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"out_dir={path}: {parent} cannot be written to; name another --out_dir")
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Holds the run directory, which is made, until the block ends. Raises UserError if another run holds it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / "run.lock", timeout=0)
+    owner = path / "run.pid"
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"{path}: process {owner.read_text().split()[0]} is training there; wait for it, or name another --out_dir"
+        ) from None
+    except (OSError, NotImplementedError) as e:  # a file system that cannot lock
+        print(f"warning: {path}: cannot be locked ({e}); let no other run write to it", flush=True)
+    owner.write_text(f"{os.getpid()}\n")
+    try:
+        yield
+    finally:
+        lock.release()
+        if {p.name for p in path.iterdir()} <= {"run.lock", "run.pid"}:  # nothing came of this run
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+
+
+def record_stop(path: Path):
+    """Records that a signal stopped the run, for was_stopped."""
+    (path / "run.pid").write_text(f"{os.getpid()}\nstopped {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
+
+
+def was_stopped(path) -> bool:
+    """Returns whether torchrun is restarting a run that a signal has stopped: it takes exit status 3 for a failure."""
+    owner = Path(path) / "run.pid"
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not owner.exists():
+        return False
+    if not owner.read_text().endswith(f"\nstopped {os.environ['TORCHELASTIC_RUN_ID']}\n"):
+        return False
+    if os.environ.get("RANK") == "0":
+        print(f"{path}: a signal stopped this run; it is not restarted", flush=True)
+    return True
+
+
+def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metrics:
+    """Writes config.json and returns the rows of metrics.jsonl up to `step`. What another run left here is moved aside first:
+    everything for a new run, and for one that resumes at `step` the checkpoints after it.
+    """
+    if is_new:
+        old = [file for pattern in OF_A_RUN for file in sorted(path.glob(pattern))]
+        old = old if any(file.suffix == ".pt" for file in old) or metrics.has_updates(path / "metrics.jsonl") else []
+    else:
+        later = [checkpoint.by_step(path, kind).items() for kind in ("ckpt", "milestone")]
+        old = [file for files in later for number, file in files if number > step]
+    if old:
+        folder = next(f for n in itertools.count(1) if not (f := path / f"previous-{n}").exists())
+        folder.mkdir()
+        for file in old:
+            file.rename(folder / file.name)
+        print(f"moved what an earlier run left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
+    rows = metrics.Metrics(path / "metrics.jsonl", step)
+    atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return rows
