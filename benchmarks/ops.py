@@ -180,15 +180,16 @@ def tiles() -> list[tuple]:
     from kernels import attention, cross_entropy, rmsnorm, rotary, swiglu
 
     dh = SHAPE["D"] // SHAPE["H"]
+    table = attention.tiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     forward = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
     dq = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)]
     dkdv = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)]
     powers = [2**i for i in range(10, 15)]
     norms = [(op, way, vars(rmsnorm), way.upper(), powers) for op in OPS[:2] for way in ("forward", "backward")]
     return norms + [
-        ("attention", "forward", attention.TILES["forward"], dh, forward),
-        ("attention", "backward", attention.TILES["dq"], dh, dq),
-        ("attention", "backward", attention.TILES["dkdv"], dh, dkdv),
+        ("attention", "forward", table["forward"], dh, forward),
+        ("attention", "backward", table["dq"], dh, dq),
+        ("attention", "backward", table["dkdv"], dh, dkdv),
         ("rotary", "forward", vars(rotary), "BLOCK_T", [8, 16, 32, 64]),
         ("swiglu", "forward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
         ("swiglu", "backward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),

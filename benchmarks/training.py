@@ -8,6 +8,7 @@ All stay in memory: weights, moments and gradients are 16 bytes a parameter each
 """
 
 import contextlib
+import dataclasses
 import json
 import resource
 import statistics
@@ -19,13 +20,13 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import profile, record_function
+from torch.profiler import profile
 
 import kernels
 import train
 from benchmarks.baselines import BASELINES, ON
 from config import ROOT, Config, load
+from data import bins
 from errors import UserError
 from model import Llama
 from runtime import distributed, metrics
@@ -39,7 +40,7 @@ PARTS = {
     "cross-entropy": ("cross_entropy", "log_softmax", "nll_loss"),
     "attention": ("attention", "flash", "fmha", "sdpa", "softmax", "bmm"),
     "GEMMs": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm"),
-    "data": ("memcpy htod", "bench: data"),
+    "data": ("memcpy htod",),
 }
 MEMORY_BOUND = "memory-bound"  # all else: norms, rotary, SwiGLU, residual additions, casts, the embedding
 IDLE = "idle"
@@ -50,11 +51,13 @@ def part_of(name: str) -> str:
 
 
 class Steps:
-    """A model and its optimizer, ours or a baseline's, and training steps of them."""
+    """A model and its optimizer, ours or a baseline's, and training steps of them: ours are the trainer's own updates."""
 
     def __init__(self, c: Config, who: str, world: distributed.World):
         self.config, self.who, self.world = c, who, world
         self.cuda = world.device.type == "cuda"
+        self.batch = c.batch_size // world.size
+        windows = np.random.default_rng(0).integers(c.vocab_size, size=(8 * self.batch, c.seq_len + 1))
         torch.manual_seed(0)
         if who == OURS:
             dtype = distributed.pick_dtype(c.dtype, world.device)
@@ -62,27 +65,31 @@ class Steps:
             self.model = Llama(c.model(), ops, dtype).to(world.device)
             train.compile_blocks(self.model, c, world)
             self.optimizer = train.make_optimizer(self.model, c)
+            self.ranks = distributed.data_parallel(self.model, world)
+            self.stop = distributed.StopSignal(world)
+            self.step = 0
+            self.folder = tempfile.TemporaryDirectory()
+            windows.astype("<u2").tofile(f"{self.folder.name}/train.bin")
+            self.bin = bins.Bin(f"{self.folder.name}/train.bin", c.seq_len, c.vocab_size)
         else:
             self.model = BASELINES[who](c).to(world.device)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=self.cuda)
-        self.ranks = DistributedDataParallel(self.model) if world.size > 1 else self.model
-        self.batch = c.batch_size // world.size
-        self.windows = np.random.default_rng(0).integers(c.vocab_size, size=(self.batch, c.seq_len + 1))
+            self.windows = windows[: self.batch]
 
     def update(self, micro: int):
+        if self.who == OURS:
+            self.step += 1
+            c = dataclasses.replace(self.config, micro_batch_size=micro)
+            train.update(self.step, self.ranks, self.optimizer, self.bin, c, self.world, self.stop)
+            return
         self.optimizer.zero_grad()
         for i in range(0, self.batch, micro):
-            with record_function("bench: data"):
-                x, y = distributed.on_device(self.windows[i : i + micro], self.world.device)
-            self.loss(x, y, i).mul(micro / self.batch).backward()
+            x, y = distributed.on_device(self.windows[i : i + micro], self.world.device)
+            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cuda):
+                loss = self.model(x, y)
+            (loss * (micro / self.batch)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-
-    def loss(self, x, y, i: int):
-        if self.who == OURS:
-            return self.ranks(x, y, seed=train.dropout_seeds(self.config, i, len(x), self.world.device))
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cuda):
-            return self.ranks(x, y)
 
     def seconds(self, micro: int) -> float:
         """Returns the median step of a turn, after two that are not counted."""
@@ -109,7 +116,7 @@ class Steps:
             return min(self.config.micro_batch_size if self.who == OURS else self.batch, self.batch)
         times = {}
         for micro in (64, 32, 16, 8, 4):
-            if micro <= self.batch:
+            if self.batch % micro == 0:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     times[micro] = self.seconds(micro)
                 torch.cuda.empty_cache()

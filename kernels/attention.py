@@ -48,10 +48,10 @@ def attention_forward_kernel(
     k_ptr,  # (B, Tk, Hkv, D), likewise
     v_ptr,  # (B, Tk, Hkv, D), likewise
     out_ptr,  # (B, Tq, H, D)
-    lse_ptr,  # (B, H, Tq) fp32: log2 of the sum of exp(S)
+    lse_ptr,  # (B, H, stats_T) fp32: log2 of the sum of exp(S); stats_T is Tq rounded up to STATS_ROWS
     seed_ptr,  # (B,) int64, or None
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    Tq, Tk, scale,
+    Tq, Tk, stats_T, scale,
     H: tl.constexpr,
     GROUP: tl.constexpr,  # H / Hkv
     D: tl.constexpr,
@@ -86,12 +86,12 @@ def attention_forward_kernel(
             present = key + n < Tk if MASKED else tl.full((KEYS,), True, tl.int1)
             k = tl.load(k_ptr + row * k_stride_t + k_tile, mask=present[None, :], other=0.0)  # (D, KEYS)
             v = tl.load(v_ptr + row * v_stride_t + v_tile, mask=present[:, None], other=0.0)  # (KEYS, D)
-            s = tl.dot(q, k, input_precision="ieee") * (scale * LOG2E)  # (QUERIES, KEYS)
+            s = tl.dot(q, k, input_precision="ieee")  # (QUERIES, KEYS)
             if MASKED:
                 s = tl.where(first + i[:, None] >= key + n[None, :], s, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(s, axis=1))
+            m_new = tl.maximum(m_i, tl.max(s, axis=1) * (scale * LOG2E))
             alpha = tl.exp2(m_i - m_new)
-            p = tl.exp2(s - m_new[:, None])  # (QUERIES, KEYS)
+            p = tl.exp2(s * (scale * LOG2E) - m_new[:, None])  # (QUERIES, KEYS), one multiply-add each
             l_i = l_i * alpha + tl.sum(p, axis=1)
             if DROPPED:
                 p = tl.where(keep_mask(seed, head, first, key, QUERIES, KEYS, DROPPED), p, 0.0)
@@ -101,7 +101,7 @@ def attention_forward_kernel(
     out = acc / l_i[:, None] * (256 / (256 - DROPPED))
     out_ptr += ((b * Tq + start) * H + head) * D
     tl.store(out_ptr + i[:, None] * (H * D) + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse_ptr + (b * H + head) * Tq + start + i, m_i + tl.log2(l_i), mask=inside)
+    tl.store(lse_ptr + (b * H + head) * stats_T + start + i, m_i + tl.log2(l_i))  # also of rows beyond Tq, which are padding
 
 
 @triton.jit
@@ -111,12 +111,12 @@ def attention_dq_kernel(
     v_ptr,  # (B, Tk, Hkv, D), likewise
     out_ptr,  # (B, Tq, H, D)
     do_ptr,  # (B, Tq, H, D)
-    lse_ptr,  # (B, H, Tq) fp32
+    lse_ptr,  # (B, H, stats_T) fp32
     seed_ptr,  # (B,) int64, or None
     dq_ptr,  # (B, Tq, H, D)
-    delta_ptr,  # (B, H, Tq) fp32: written here, read by the other kernel
+    delta_ptr,  # (B, H, stats_T) fp32: written here, read by the other kernel
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    Tq, Tk, scale,
+    Tq, Tk, stats_T, scale,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -137,14 +137,14 @@ def attention_dq_kernel(
     k_tile = n[:, None] * k_stride_t + d[None, :]  # (KEYS, D)
     v_tile = n[:, None] * v_stride_t + d[None, :]  # (KEYS, D)
     rows = ((b * Tq + start) * H + head) * D + i[:, None] * (H * D) + d[None, :]  # (QUERIES, D), of out, do and dq
-    stats = (b * H + head) * Tq + start + i  # (QUERIES,), of lse and delta
+    stats = (b * H + head) * stats_T + start + i  # (QUERIES,), of lse and delta
     inside = start + i < Tq
     q = tl.load(q_ptr + i[:, None] * q_stride_t + d[None, :], mask=inside[:, None], other=0.0)  # (QUERIES, D)
     do = tl.load(do_ptr + rows, mask=inside[:, None], other=0.0)
     out = tl.load(out_ptr + rows, mask=inside[:, None], other=0.0)
-    lse = tl.load(lse_ptr + stats, mask=inside, other=0.0)  # (QUERIES,)
+    lse = tl.load(lse_ptr + stats)  # (QUERIES,)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(delta_ptr + stats, delta, mask=inside)
+    tl.store(delta_ptr + stats, delta)
 
     dq = tl.zeros((QUERIES, D), tl.float32)
     first = (start + Tk - Tq).to(tl.int32)
@@ -175,13 +175,13 @@ def attention_dkdv_kernel(
     k_ptr,  # (B, Tk, Hkv, D), likewise
     v_ptr,  # (B, Tk, Hkv, D), likewise
     do_ptr,  # (B, Tq, H, D)
-    lse_ptr,  # (B, H, Tq) fp32
-    delta_ptr,  # (B, H, Tq) fp32
+    lse_ptr,  # (B, H, stats_T) fp32
+    delta_ptr,  # (B, H, stats_T) fp32
     seed_ptr,  # (B,) int64, or None
     dk_ptr,  # (B, Tk, Hkv, D)
     dv_ptr,  # (B, Tk, Hkv, D)
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
-    Tq, Tk, scale,
+    Tq, Tk, stats_T, scale,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -215,7 +215,7 @@ def attention_dkdv_kernel(
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         q_head = q_ptr + b * q_stride_b + head * q_stride_h
         do_head = do_ptr + (b * Tq * H + head) * D
-        stats = (b * H + head) * Tq
+        stats = (b * H + head) * stats_T
         for MASKED in tl.static_range(1, -1, -1):
             for query in tl.range(begin if MASKED else full, full if MASKED else Tq, QUERIES, num_stages=1 if MASKED else None):
                 # Rows beyond Tq are loaded as zeros and contribute nothing. The tiles are transposed, keys by queries, so that
@@ -224,8 +224,8 @@ def attention_dkdv_kernel(
                 present = query + i < Tq
                 q = tl.load(q_head + row * q_stride_t + q_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
                 do = tl.load(do_head + row * (H * D) + do_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
-                lse = tl.load(lse_ptr + stats + query + i, mask=present, other=0.0)  # (QUERIES,)
-                delta = tl.load(delta_ptr + stats + query + i, mask=present, other=0.0)
+                lse = tl.load(lse_ptr + stats + query + i)  # (QUERIES,)
+                delta = tl.load(delta_ptr + stats + query + i)
                 s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (KEYS, QUERIES)
                 p = tl.exp2(s - lse[None, :])
                 if MASKED:
@@ -245,20 +245,49 @@ def attention_dkdv_kernel(
 # fmt: on
 
 
-TILES = {  # Dh: (queries, keys, warps, stages) for 16-bit types. Hopper's matmul needs 64 rows: of keys, in dk and dv
-    "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
-    "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+# Tiles for 16-bit types: (queries, keys, warps, stages) by head dim. The matmuls of compute capability 9 and 10 need 64 rows,
+# of keys in dk and dv. On 8 and 12 the registers of each warp hold the accumulators and fill up sooner. The queries of a dk,
+# dv tile divide those of the other two kernels, which write the padding of lse and delta that it reads.
+SMALLEST = (32, 32, 4, 2)
+LARGE_TILES = {
+    "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 128, 4, 2), 128: (64, 64, 8, 2)},
+    "forward dropout": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
+    "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 128, 4, 2), 128: (64, 32, 4, 2)},
+    "dq dropout": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
     "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
     "dkdv dropout": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
 }
-SMALL = (32, 32, 4, 2)  # for fp32, and for dk and dv before Hopper, where larger accumulators do not fit the registers
+SMALL_TILES = LARGE_TILES | {
+    "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
+    "dq": LARGE_TILES["dq dropout"],
+    "dq dropout": dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)),
+    "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
+    "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: SMALLEST, 128: (32, 32, 4, 1)},
+}
+TILES = {  # by ten times the compute capability from which they apply
+    80: SMALL_TILES | {"forward": LARGE_TILES["forward"]},
+    86: SMALL_TILES,
+    90: LARGE_TILES,
+    100: LARGE_TILES,
+    120: SMALL_TILES
+    | {
+        "forward": LARGE_TILES["forward"],
+        "dq": SMALL_TILES["dq dropout"],
+        "dkdv dropout": dict.fromkeys((16, 32, 64, 128), (32, 32, 4, 1)),
+    },
+}
+STATS_ROWS = 128  # the largest number of queries in a tile
 
 
-def tile(kernel, dtype, D, dropout_p, capability=90):
-    """Returns the block sizes and launch options of a kernel. At Dh = 64 none spills on sm_80, sm_90 or sm_100."""
-    small = dtype == torch.float32 or (kernel == "dkdv" and capability < 90)
-    table = TILES["dkdv dropout" if kernel == "dkdv" and dropout_p > 0 else kernel]
-    queries, keys, warps, stages = SMALL if small else table[D]
+def tiles(device):
+    """Returns the table of a device's GPU generation."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return TILES[max(first for first in TILES if first <= 10 * major + minor)]
+
+
+def tile(table, kernel, dtype, D, dropout_p):
+    """Returns the block sizes and launch options of a kernel. In fp32 larger accumulators spill."""
+    queries, keys, warps, stages = SMALLEST if dtype == torch.float32 else table[kernel + " dropout" * (dropout_p > 0)][D]
     return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
 
 
@@ -268,8 +297,13 @@ def check(q, k, v, dropout_p, seed):
     assert q.dtype == k.dtype == v.dtype, f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype"
     assert H % Hkv == 0, f"{H} query heads: expected a multiple of the {Hkv} key heads"
     assert 1 <= Tq <= Tk, f"{Tq} queries for {Tk} keys: expected 1 to {Tk}, the last positions"
-    assert D in TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=sdpa"
+    assert D in LARGE_TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=sdpa"
     assert 0 <= dropout_p < 1 and (dropout_p == 0 or seed.shape == (B,)), f"dropout {dropout_p}: expected 0 <= p < 1, seed (B,)"
+
+
+def padded(Tq):
+    """Returns the length of a row of lse and delta: unmasked, aligned access to them is what keeps dk, dv from spilling."""
+    return triton.cdiv(Tq, STATS_ROWS) * STATS_ROWS
 
 
 def rows(x):
@@ -279,28 +313,27 @@ def rows(x):
 
 def launch(name, kernel, q, k, v, tensors, dropout_p):
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
-    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    options = tile(name, q.dtype, D, dropout_p, 10 * major + minor)
+    options = tile(tiles(q.device), name, q.dtype, D, dropout_p)
     programs = B * Hkv * triton.cdiv(Tk, options["KEYS"]) if name == "dkdv" else B * H * triton.cdiv(Tq, options["QUERIES"])
     kernel[(programs,)](
         q, k, v, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        Tq, Tk, D**-0.5, H=H, GROUP=H // Hkv, D=D, DROPPED=round(dropout_p * 256), **options,
+        Tq, Tk, padded(Tq), D**-0.5, H=H, GROUP=H // Hkv, D=D, DROPPED=round(dropout_p * 256), **options,
     )  # fmt: skip
 
 
-@torch.library.custom_op("copyllama::attention", mutates_args=())
+@torch.library.custom_op("copyllama::causal_attention", mutates_args=())
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns out (B, Tq, H, D) and, for the backward pass, lse (B, H, Tq) in fp32."""
+    """Returns out (B, Tq, H, D) and, for the backward pass, lse (B, H, stats_T) in fp32."""
     check(q, k, v, dropout_p, seed)
     B, Tq, H, _ = q.shape
-    out, lse = q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, padded(Tq)), dtype=torch.float32)
     launch("forward", attention_forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
     return out, lse
 
 
-@torch.library.custom_op("copyllama::attention_backward", mutates_args=())
+@torch.library.custom_op("copyllama::causal_attention_backward", mutates_args=())
 def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -321,7 +354,7 @@ def attention_backward(
 @attention.register_fake
 def _(q, k, v, dropout_p, seed):
     B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, Tq), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((B, H, padded(Tq)), dtype=torch.float32)
 
 
 @attention_backward.register_fake

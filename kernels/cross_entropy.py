@@ -20,20 +20,22 @@ import triton.language as tl
 
 IGNORED = -100  # targets with this value have no loss and no gradient
 BLOCK, WARPS = 8192, 8
+ALIGNED = 16  # elements that a row of logits is padded to, so that it is read 128 bits at a time whatever V
 
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr,  # (N, V), overwritten by their gradients if GRADIENT
+    logits_ptr,  # (N, V), rows STRIDE apart, overwritten by their gradients if GRADIENT
     targets_ptr,  # (N,) int64
     loss_ptr,  # (N,) fp32
     V: tl.constexpr,
+    STRIDE: tl.constexpr,  # of a row of logits, V or more
     BLOCK: tl.constexpr,
     GRADIENT: tl.constexpr,
     IGNORED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * V
+    logits_ptr += row * STRIDE
     target = tl.load(targets_ptr + row)
     counts = target != IGNORED
 
@@ -41,7 +43,8 @@ def cross_entropy_kernel(
     l_i = 0.0
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)  # (BLOCK,)
-        z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+        z = tl.load(logits_ptr + cols, mask=cols < STRIDE, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+        z = tl.where(cols < V, z, -float("inf"))  # a mask that ends at an odd V would split the load into single numbers
         m_new = tl.maximum(m_i, tl.max(z, axis=0))
         l_i = l_i * tl.exp(m_i - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
         m_i = m_new
@@ -53,22 +56,26 @@ def cross_entropy_kernel(
         tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            z = tl.load(logits_ptr + cols, mask=cols < STRIDE, other=-float("inf")).to(tl.float32)
+            z = tl.where(cols < V, z, -float("inf"))
             dz = tl.exp(z - lse) - (cols == target).to(tl.float32)
             dz = tl.where(counts, dz, 0.0)
-            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < STRIDE)
 
 
 def loss_and_dlogits(logits, targets, gradient=True):
-    """Returns the losses (N,) in fp32 of contiguous logits (N, V); with `gradient`, their gradients overwrite the logits.
+    """Returns the losses (N,) in fp32 of logits (N, V); with `gradient`, their gradients overwrite the logits.
 
-    Targets (N,) int64 lie in 0..V-1, or are -100: then loss and gradient are 0.
+    The logits' last dim is contiguous; padding between their rows may be overwritten. Targets (N,) int64 lie in 0..V-1, or
+    are -100: then loss and gradient are 0.
     """
     N, V = logits.shape
-    assert logits.is_contiguous() and targets.is_contiguous()
+    assert logits.stride(1) == 1 and targets.is_contiguous()
     losses = logits.new_empty(N, dtype=torch.float32)
     block = min(BLOCK, triton.next_power_of_2(V))
-    cross_entropy_kernel[(N,)](logits, targets, losses, V, BLOCK=block, GRADIENT=gradient, IGNORED=IGNORED, num_warps=WARPS)
+    cross_entropy_kernel[(N,)](
+        logits, targets, losses, V, logits.stride(0), BLOCK=block, GRADIENT=gradient, IGNORED=IGNORED, num_warps=WARPS
+    )
     return losses
 
 
@@ -85,11 +92,12 @@ def linear_cross_entropy_sum(
     """Returns the sum of the losses in fp32 and, with `gradient`, dx and dw (else empty), `rows` rows at a time."""
     N, targets = len(x), targets.contiguous()
     losses = x.new_empty(N, dtype=torch.float32)
+    buffer = x.new_empty(min(N, rows), triton.cdiv(len(weight), ALIGNED) * ALIGNED)
     dx = x.new_empty(x.shape if gradient else 0)
     dw = weight.new_zeros(weight.shape if gradient else 0, dtype=weight.dtype if N <= rows else torch.float32)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        logits = x[part] @ weight.T  # (rows, V)
+        logits = torch.mm(x[part], weight.T, out=buffer[: len(x[part]), : len(weight)])  # (rows, V)
         losses[part] = loss_and_dlogits(logits, targets[part], gradient)
         if gradient:
             dx[part] = logits @ weight
@@ -123,4 +131,5 @@ def linear_cross_entropy(x, weight, targets):
     """
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     total, _, _ = linear_cross_entropy_sum(x, weight, targets, chunk_rows(x, weight), needed)
-    return total / (targets != IGNORED).sum()
+    count = (targets != IGNORED).sum()
+    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))  # without targets: NaN, and gradients of 0

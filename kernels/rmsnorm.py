@@ -83,12 +83,12 @@ FORWARD, BACKWARD = 4096, 2048  # elements that a program holds at a time
 
 
 def tile(D, elements):
-    """Returns the block size that holds a row, and the number of rows that a program holds."""
+    """Returns the block size that holds a row, the number of rows that a program holds, and its warps: wide rows spill on 4."""
     block = triton.next_power_of_2(D)
-    return block, max(1, elements // block)
+    return dict(BLOCK_D=block, ROWS=max(1, elements // block), num_warps=min(16, max(4, block // 1024)))
 
 
-def programs(device):
+def backward_programs(device):
     """Returns the number of programs in backward: enough to fill the GPU, few enough to keep the dw buffer small."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -97,13 +97,12 @@ def programs(device):
 def norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y and h, of the shape of x; h is empty if there is no residual."""
     D = x.shape[-1]
-    N, (block, rows) = x.numel() // D, tile(D, FORWARD)
+    N, options = x.numel() // D, tile(D, FORWARD)
     y = x.new_empty(x.shape)
     h = x.new_empty(0 if residual is None else x.shape)
     residual = None if residual is None else residual.contiguous()
-    rms_norm_forward_kernel[(triton.cdiv(N, rows),)](
-        x.contiguous(), residual, weight.contiguous(), h, y, N, eps, D, BLOCK_D=block, ROWS=rows, num_warps=4
-    )
+    programs = triton.cdiv(N, options["ROWS"])
+    rms_norm_forward_kernel[(programs,)](x.contiguous(), residual, weight.contiguous(), h, y, N, eps, D, **options)
     return y, h
 
 
@@ -113,11 +112,11 @@ def norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the gradients of h (..., D) and weight (D,)."""
     D = h.shape[-1]
-    N, (block, rows) = h.numel() // D, tile(D, BACKWARD)
-    grid = min(programs(h.device), triton.cdiv(N, rows))
-    dx, dw = h.new_empty(h.shape), h.new_empty((grid, D), dtype=torch.float32)
+    N, options = h.numel() // D, tile(D, BACKWARD)
+    programs = min(backward_programs(h.device), triton.cdiv(N, options["ROWS"]))
+    dx, dw = h.new_empty(h.shape), h.new_empty((programs, D), dtype=torch.float32)
     h, dy, dh = h.contiguous(), dy.contiguous(), None if dh is None else dh.contiguous()
-    rms_norm_backward_kernel[(grid,)](h, weight.contiguous(), dy, dh, dx, dw, N, eps, D, BLOCK_D=block, ROWS=rows, num_warps=4)
+    rms_norm_backward_kernel[(programs,)](h, weight.contiguous(), dy, dh, dx, dw, N, eps, D, **options)
     return dx, dw.sum(0).to(weight.dtype)
 
 

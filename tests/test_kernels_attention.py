@@ -18,7 +18,7 @@ from tests.kernel_checks import (  # noqa: F401
 )
 
 from kernels import eager  # isort: skip  after the interpreter is set up
-from kernels.attention import attention, causal_attention  # isort: skip
+from kernels.attention import STATS_ROWS, TILES, attention, causal_attention  # isort: skip
 
 
 def torch_attention(q, k, v):
@@ -144,7 +144,7 @@ def test_offsets_beyond_int32_reach_the_right_elements():
     for x in (far, near):
         out = causal_attention(x, x, x)
         out, lse = attention(x, x, x, 0.0, None)
-        results.append((out, *torch.ops.copyllama.attention_backward(x, x, x, None, out, lse, near, 0.0)))
+        results.append((out, *torch.ops.copyllama.causal_attention_backward(x, x, x, None, out, lse, near, 0.0)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -168,6 +168,16 @@ def test_registration_holds():
     torch.library.opcheck(attention, (q, k, v, 0.25, seed))
     torch.library.opcheck(attention, (q, k, v, 0.0, None))
     check_registration(lambda q, k, v, seed: causal_attention(q, k, v, 0.25, seed), [q, k, v, seed], [torch.randn_like(q)])
+
+
+def test_rows_that_dk_and_dv_read_are_written_by_the_other_kernels():
+    """lse and delta are read unmasked, in blocks of a dk, dv tile's queries."""
+    for table in TILES.values():
+        for dropout in ("", " dropout"):
+            for D, (queries, *_) in table["dkdv" + dropout].items():
+                for writer in ("forward", "dq"):
+                    written = table[writer + dropout][D][0]
+                    assert written % queries == 0 and STATS_ROWS % written == 0, (writer, dropout, D)
 
 
 @needs_gpu

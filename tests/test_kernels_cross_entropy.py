@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,24 @@ def test_ignored_rows_get_no_loss_and_no_gradient():
     logits, targets = randn(4, 100).detach(), torch.tensor([-100, 3, -100, 99], device=DEVICE)
     losses = loss_and_dlogits(logits, targets)
     assert (losses == 0).tolist() == (logits == 0).all(1).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("ops", ["eager", "sdpa", "fused"])
+def test_without_a_target_the_loss_is_nan_and_the_gradients_are_zero(ops):
+    op = importlib.import_module(f"kernels.{ops}").linear_cross_entropy
+    x, w, targets = randn(9, 32), randn(50, 32), torch.full((9,), -100, device=DEVICE)
+    loss = op(x, w, targets)
+    assert loss.isnan()
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_between_rows_counts_for_nothing(dtype):
+    logits, targets = randn(5, 99, dtype=dtype, scale=5).detach(), some_targets(5, 99)
+    padded = torch.full((5, 112), float("nan"), dtype=dtype, device=DEVICE)
+    padded[:, :99] = logits
+    losses = loss_and_dlogits(padded[:, :99], targets)
+    assert torch.equal(losses, loss_and_dlogits(logits, targets)) and torch.equal(padded[:, :99], logits)
 
 
 def test_large_logits_neither_overflow_nor_become_nan():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
+import kernels
 import train
 from config import ROOT, Config, from_dict, load
 from data import bins
