@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import kernels
-import kernels
 import train
 from config import ROOT, Config, from_dict, load
 from data import bins
