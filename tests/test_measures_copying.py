@@ -163,6 +163,9 @@ def test_passages_are_text_of_random_places_and_hold_no_bos():
         make_test(text[:10], 128, bos=0, samples=5, passages=True)
     with pytest.raises(UserError, match="too few for 6 sequences with different prefixes and suffixes"):
         make_test(np.ones(40, dtype=np.int64), 128, bos=0, samples=5, passages=True)
+    assert list(make_tests(Bytes(), 128, 5, text=text[:10])) == ["full", "hex16"]  # by default it is left out
+    with pytest.raises(UserError, match="10 tokens to draw from"):
+        make_tests(Bytes(), 128, 5, ["text"], text=text[:10])
     with pytest.raises(UserError, match="alphabet=text: .* pass --data=FOLDER"):
         make_tests(Bytes(), 128, 5, ["text"])
 

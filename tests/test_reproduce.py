@@ -116,7 +116,7 @@ sys.exit(run_command(reproduce.main, ["a", "--jobs=1"]))
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     child = subprocess.Popen(command, cwd=ROOT, preexec_fn=heed_interrupts, **pipes)
     log = tmp_path / "base/seed0/metrics.jsonl"
-    while child.poll() is None and not (log.exists() and log.stat().st_size):
+    while child.poll() is None and not (log.exists() and '"step": 2,' in log.read_text()):  # an update that can be saved
         time.sleep(0.2)
     os.kill(child.pid, signal.SIGINT)
     assert child.communicate(timeout=120)[1] == "interrupted\n" and child.returncode == 130
