@@ -4,6 +4,7 @@ The result does not depend on the number of processes. The main process reads an
 batch takes hundreds of times longer than sending it.
 """
 
+import contextlib
 import hashlib
 import itertools
 import multiprocessing
@@ -162,7 +163,9 @@ def encode_all(
     in_flight = deque()
     try:
         for batch in batches:
-            in_flight.append((batch._replace(documents=[]), pool.submit(_encode, batch.documents)))
+            with _sigint_blocked():  # workers are started here, and inherit it: Ctrl-C is left to this process
+                future = pool.submit(_encode, batch.documents)
+            in_flight.append((batch._replace(documents=[]), future))
             if len(in_flight) > AHEAD * processes:
                 batch, future = in_flight.popleft()
                 yield batch, future.result()
@@ -177,8 +180,20 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _sigint_blocked():
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(tokenizer_state, settings):
-    """Runs first in a new process. Ctrl-C is left to the main process; when that dies, this one exits too."""
+    """Runs first in a new process, which exits when the main process dies."""
     global _tokenizer, _settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()

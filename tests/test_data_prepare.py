@@ -5,7 +5,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,13 +307,18 @@ def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_is_one_line_and_status_130(tmp_path, processes):
+@pytest.mark.parametrize("moment", ["one process", "workers start", "workers encode"])
+def test_ctrl_c_is_one_line_and_status_130(tmp_path, moment):
     command = [sys.executable, "-u", "-m", "data.prepare", "repeats", "--rows=10000000", f"--out={tmp_path / 'out'}"]
-    child = subprocess.Popen(
-        [*command, f"--processes={processes}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    command.append(f"--processes={1 if moment == 'one process' else 2}")
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert child.stdout.read(1)  # the progress bar
+    children = Path(f"/proc/{child.pid}/task/{child.pid}/children")  # the workers, and what multiprocessing starts for itself
+    while moment == "workers start" and len(children.read_text().split()) < 3:
+        time.sleep(0.001)
+    if moment == "workers encode":
+        assert child.stdout.read(100)
+    time.sleep(0.3)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal sends it
     _, error = child.communicate(timeout=60)
     assert (child.returncode, error.decode()) == (130, "interrupted; run the same command again to resume\n")
