@@ -142,8 +142,11 @@ class Run:
                     if due or self.step == first:
                         self.evaluate(due)
                         self.write_row()
-                    if self.step > first:
-                        self.save_due(due)
+                    if "milestone" in due and self.step > first:
+                        self.save(f"milestone_{self.step}.pt", weights_only=True)
+                    if "save" in due and self.step > first:
+                        self.save("ckpt.pt")
+                        world.on_rank_0(lambda: checkpoint.keep(self.out, self.step, config.ckpt_keep))
                 if self.step == first + 1:
                     timer.start(self.step)  # only now: the first update compiles
                 if self.step == config.max_steps:
@@ -187,25 +190,16 @@ class Run:
             if split.get("bytes"):
                 row["val_bpb"] = row["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
         if "copy" in due:
-            row |= self.stop.interruptible(self.copy_test)
+            args = (self.model, self.tokenizer, self.copy_tests)
+            row |= self.stop.interruptible(lambda: eval_copy.training_row(*args) if self.world.rank == 0 else {})
         self.row |= row
         self.world.say(metrics.evaluation_line(row))
-
-    def copy_test(self) -> dict:
-        return eval_copy.training_row(self.model, self.tokenizer, self.copy_tests) if self.world.rank == 0 else {}
 
     def write_row(self):
         tokens = self.step * self.config.batch_size * self.config.seq_len
         row = {"step": self.step, "tokens": tokens} | self.row
         self.world.on_rank_0(lambda: self.rows.write(row) if self.row else None)
         self.row = {}
-
-    def save_due(self, due: set[str]):
-        if "milestone" in due:
-            self.save(f"milestone_{self.step}.pt", weights_only=True)
-        if "save" in due:
-            self.save("ckpt.pt")
-            self.world.on_rank_0(lambda: checkpoint.keep(self.out, self.step, self.config.ckpt_keep))
 
     def save(self, name: str, weights_only=False):
         """Saves a checkpoint from rank 0; the other ranks wait until it is written."""

@@ -98,21 +98,23 @@ class Stats:
         """Returns the row of update `step`, the last one. Raises RunFailed if there is no use in going on."""
         stats = torch.stack(self.unread).tolist()
         self.unread = []
+        most_in_a_row = 0
         for number, (loss, norm, own) in enumerate(stats, step - len(stats) + 1):
             if math.isfinite(loss + norm):
                 self.in_a_row = 0
                 continue
             self.skipped += 1
             self.in_a_row += 1
+            most_in_a_row = max(most_in_a_row, self.in_a_row)
             flags = torch.eye(self.world.size)[self.world.rank] * (not math.isfinite(own))
             ranks = self.world.sum(flags).nonzero().flatten().tolist()
             where = self.where(number, ranks)
             self.world.say(f"warning: step {number}: loss {loss}, gradient norm {norm}; the update was left out; {where}")
-            if self.in_a_row == MAX_SKIPPED:
-                raise RunFailed(
-                    f"step {number}: {MAX_SKIPPED} updates in a row had no finite loss or gradient; saved after them: the same "
-                    "command goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
-                )
+        if most_in_a_row >= MAX_SKIPPED:
+            raise RunFailed(
+                f"step {step}: {most_in_a_row} updates in a row had no finite loss or gradient; saved after them: the same "
+                "command goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
+            )
         row = {"loss": loss, "grad_norm": norm} if math.isfinite(loss + norm) else {}
         return row | ({"skipped": self.skipped} if self.skipped else {})
 
