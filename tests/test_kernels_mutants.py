@@ -94,7 +94,12 @@ MUTANTS = {
         "lse - z_target",
         check_cross_entropy,
     ),
-    "ignored targets are counted": ("cross_entropy", "(targets != IGNORED).sum()", "len(targets)", check_cross_entropy),
+    "ignored targets are counted": (
+        "cross_entropy",
+        "(targets != IGNORED).sum()",
+        "(targets == targets).sum()",
+        check_cross_entropy,
+    ),
 }
 
 
