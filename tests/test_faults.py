@@ -194,18 +194,24 @@ def join(processes) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-@pytest.mark.parametrize("delays", [5, pytest.param(40, marks=pytest.mark.soak)])
-def test_struck_at_once_after_launch_the_same_command_runs_it(settings, uninterrupted, delays):
-    """While it starts, SIGTERM may end it by itself: then nothing is there yet. Later it stops as asked."""
-    expected = uninterrupted(settings)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("delays", [4, pytest.param(40, marks=pytest.mark.soak)])
+def test_struck_at_once_after_launch_the_same_command_runs_it(settings, uninterrupted, delays, ranks):
+    """While it starts, SIGTERM ends it by itself: nothing is there yet. Later it stops as asked. If one of two ranks was ended
+    by itself, the other fails for want of its peer.
+    """
+    start = (lambda: faults.start_ranks(settings, 2)) if ranks == 2 else (lambda: [faults.start(settings)])
     for i in range(delays):
-        process = faults.start(settings)
-        time.sleep(0.3 * i / delays)
-        with fault("SIGTERM at once after launch"):
-            process.terminate()
-            process.join(60)
-            assert process.exitcode in (0, 3, -signal.SIGTERM)
-    assert faults.run(settings) == 0 and equals(settings, expected)
+        processes = start()
+        time.sleep(0.3 * ranks * i / delays)
+        with fault(f"SIGTERM at once after launch, {ranks} ranks"):
+            for process in processes:
+                process.terminate()
+            assert {*join(processes)} <= {0, 3, -signal.SIGTERM, *([1] if ranks == 2 else [])}
+    assert join(start()) == [0] * ranks
+    if ranks == 1:
+        assert equals(settings, uninterrupted(settings))
+    assert checkpoint.load(settings["out_dir"])["step"] == settings["max_steps"]
 
 
 def test_a_checkpoint_of_step_0_without_moments_is_resumed(settings, uninterrupted):
