@@ -179,17 +179,6 @@ def test_attention_with_dropout_is_loops_over_the_masked_probabilities(B, Tq, Tk
     )
 
 
-@pytest.mark.parametrize("Tq, Tk", [(64, 64), (65, 65), (128, 129), (150, 200), (257, 257)])
-def test_attention_in_blocks_of_queries_is_attention(Tq, Tk):
-    inputs = randn(2, Tq, 4, 6), randn(2, Tk, 2, 6, seed=1), randn(2, Tk, 2, 6, seed=2)
-    same_function(eager.causal_attention, sdpa, inputs)
-    q, k, v = inputs
-    seed = torch.tensor([3, 4])
-    probs = eager.attention_probs(q, k) * eager.dropout_mask(seed, (2, 4, Tq, Tk), 0.25)
-    whole = (probs @ v.repeat_interleave(2, 2).transpose(1, 2)).transpose(1, 2)
-    torch.testing.assert_close(eager.causal_attention(q, k, v, 0.25, seed), whole)
-
-
 def test_attention_probs_are_those_of_the_attention():
     q, k = randn(2, 5, 4, 6), randn(2, 9, 2, 6, seed=1)
     probs = eager.attention_probs(q, k)

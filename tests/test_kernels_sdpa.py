@@ -72,6 +72,12 @@ def test_dropout_uses_the_mask_of_the_definition(shape, dtype):
     check(lambda ops, q, k, v: ops.causal_attention(q, k, v, 0.25, seed), inputs)
 
 
+@pytest.mark.parametrize("Tq, Tk", [(64, 64), (65, 65), (128, 129), (150, 200), (257, 257)])
+def test_dropout_in_blocks_of_queries_is_that_of_the_whole(Tq, Tk):
+    q, k, v = randn(2, Tq, 4, 6), randn(2, Tk, 2, 6, seed=1), randn(2, Tk, 2, 6, seed=2)
+    check(lambda ops, *qkv: ops.causal_attention(*qkv, 0.25, torch.tensor([3, 4])), [q, k, v])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_equal_the_definition(dtype):
     x, residual, weight = randn(3, 40, 48, dtype=dtype), randn(3, 40, 48, dtype=dtype, seed=1), randn(48)
