@@ -160,7 +160,7 @@ def _fields(values: dict) -> dict:
 
 
 def _config_json(c: ModelConfig, tokenizer) -> dict:
-    plain = {name: value for name, value in tokenizer.state().items() if not isinstance(value, bytes)}
+    plain = {name: value for name, value in tokenizer.state().items() if not isinstance(value, bytes) and name != "counts"}
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "head_dim": c.head_dim}
     fixed |= {name: value for name, value in COMPUTED.items() if value is not None}
     # transformers 4 reads rope_theta, transformers 5 rope_parameters.

@@ -43,7 +43,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(
-        "configs/tiny.py", settings=dict(schedule="constant", max_steps=2000, compile="off"),  # with or without a C++ compiler
+        "configs/tiny.py", settings=dict(schedule="constant", n_heads=4, eval_batches=8),
         batches=(8, 16, 32), rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2), layers=4,
         grid=((16, 32, 64), (128, 256)), grid_steps=(1200, 1200, 600),
         threshold=0.3, samples=100, keep_weights=True, data="repeats --length={context}",

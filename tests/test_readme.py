@@ -1,13 +1,12 @@
 """The README's commands and names are those of the code."""
 
-import dataclasses
 import re
 import shlex
 
 import pytest
 
 import eval_copy
-from config import ROOT, Config, load
+from config import ROOT, load
 from data import prepare
 
 README = (ROOT / "README.md").read_text()
@@ -44,22 +43,24 @@ def test_make_targets_exist():
     assert made == {"demo", "test"} <= targets
 
 
-def test_each_setting_is_in_the_table_and_nothing_else_is():
-    table = README.split("## Settings")[1].split("## Speed")[0]
-    named = set(re.findall(r"\w+", " ".join(re.findall(r"^\| \w.*", table, re.M)).replace("`", " ")))
-    fields = {f.name for f in dataclasses.fields(Config)}
-    assert fields <= named
-    listed = {w for cell in re.findall(r"`([a-z_0-9 ]+)`", table) for w in cell.split()}
-    assert listed - {"config"} <= fields
+def test_each_file_of_the_tree_exists_and_has_about_the_lines_stated():
+    tree = re.findall(r"^    ([\w./]+/|\w+\.py) +([\d,]+)   ", README.split("## The code")[1].split("\n## ")[0], re.M)
+    assert {"train.py", "model.py", "data/", "kernels/"} <= {name for name, _ in tree}
+    for name, stated in tree:
+        paths = (ROOT / name).rglob("*.py") if name.endswith("/") else [ROOT / name]
+        lines = sum(len(path.read_text().splitlines()) for path in paths)
+        assert lines == pytest.approx(int(stated.replace(",", "")), rel=0.1, abs=5), name
 
 
-def test_each_file_of_the_map_exists():
-    tree = README.split("## How it is built")[1].split("A document on disk")[0]
-    folder = ""
-    for name in re.findall(r"^    (\s*[\w./]+)  ", tree, re.M):
-        indented, name = name.startswith(" "), name.strip()
-        folder = folder if indented else (name if name.endswith("/") else "")
-        assert (ROOT / (folder + name if indented else name)).exists(), name
+def test_each_page_that_is_linked_exists():
+    pages = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(pages) > 5
+    for page in pages:
+        assert (ROOT / page).exists(), page
+
+
+def test_the_readme_has_at_most_1200_words():
+    assert len(README.split()) <= 1200
 
 
 def test_each_trap_names_tests_that_exist():
