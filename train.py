@@ -97,7 +97,8 @@ class Run:
         torch.manual_seed(config.seed)
         ops = kernels.choose(config.kernels, world.device, config.head_dim)
         self.config = dataclasses.replace(config, kernels=ops.__name__.removeprefix("kernels."))
-        if self.config.kernels == "fused" and world.device.type == "cpu":
+        self.stop.interpreted = self.config.kernels == "fused" and world.device.type == "cpu"
+        if self.stop.interpreted:
             world.say("warning: on a CPU the fused kernels run in Triton's interpreter, a thousand times slower")
         self.model = Llama(config.model(), ops, distributed.pick_dtype(config.dtype, world.device)).to(world.device)
         self.optimizer = make_optimizer(self.model, config)
