@@ -98,6 +98,7 @@ class Run:
         dtype = distributed.pick_dtype(config.dtype, world.device)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, dtype, world.say)
         self.config = dataclasses.replace(config, kernels=ops.__name__.removeprefix("kernels."))
+        self.stop.interpreted = self.config.kernels == "fused" and world.device.type == "cpu"
         self.model = Llama(config.model(), ops, dtype).to(world.device)
         self.optimizer = make_optimizer(self.model, config)
         self.step = 0

@@ -31,7 +31,7 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
             raise UserError(f"kernels=fused: {reason}; use --kernels=auto")
         if name == "fused" and device.type == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-            warnings.warn("kernels=fused on a CPU runs in Triton's interpreter, a thousand times slower", stacklevel=2)
+            (say or warnings.warn)("warning: kernels=fused on a CPU runs in Triton's interpreter, a thousand times slower")
         if name == "auto":
             if device.type == "cpu":
                 reason = "this is a CPU"

@@ -133,7 +133,8 @@ class StopSignal:
     def __init__(self, world: World):
         self.world = world
         self.asked = False
-        self.inside = False
+        self.inside = False  # code that a signal may interrupt
+        self.interpreted = False  # whether Triton's interpreter runs the model
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
@@ -152,7 +153,7 @@ class StopSignal:
     @contextlib.contextmanager
     def in_interpreter(self):
         """Lets a signal stop the block between two operations if Triton's interpreter runs it, whose kernels take minutes."""
-        self.inside = self.world.size == 1 and os.environ.get("TRITON_INTERPRET") == "1"
+        self.inside = self.interpreted and self.world.size == 1
         try:
             yield
         except self.Interrupt:

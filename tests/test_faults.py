@@ -165,8 +165,10 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number, ranks",
+    [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGINT, 2, marks=pytest.mark.soak)],
+)
 @pytest.mark.parametrize("name", EARLY)
 def test_stopped_before_the_first_update_and_started_again_it_ends_as_if_it_never_was(
     settings, uninterrupted, name, number, ranks
