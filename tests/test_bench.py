@@ -134,7 +134,7 @@ def test_a_run_is_timed_until_it_copies(dataset, monkeypatch):
     assert found["0.0"]["tokens"] == 2 * 4 * 96 and 0.5 < found["0.0"]["seconds"] < 120
     found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in (shape | dict(max_steps=2)).items())], until=1.1)
     assert found["1.1"] is None and found["0.0"]["step"] == 2
-    with pytest.raises(UserError, match="no such setting"):
+    with pytest.raises(UserError, match="--lr: no such option"):
         copying.time_to_copy([*argv, "--lr=1"], until=0.0)
 
 
