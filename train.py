@@ -303,8 +303,6 @@ def dropout_seeds(config: Config, start: int, count: int, device):
 def data_folder(config: Config, world) -> Path:
     """Returns the data folder. If it is missing and can be made here without a network, offers to make it."""
     folder = Path(config.data)
-    if folder.is_file():
-        raise UserError(f"data={folder}: is a file; name its folder: --data={folder.parent}")
     if not bins.files(folder / "train.bin"):
         argv = [*shlex.split(config.prepare), f"--out={folder}"]
         command = shlex.join(["python", "-m", "data.prepare", *(argv if config.prepare else ["--help"])])

@@ -153,7 +153,7 @@ def test_a_corpus_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_o
 
 
 def run_with_hub(server, tmp_path, *argv):
-    environment = os.environ | {"HF_ENDPOINT": server.url(""), "HF_HOME": str(tmp_path / "cache")}
+    environment = os.environ | {"HF_ENDPOINT": server.url(""), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "data.prepare", *argv, "--val_fraction=0.2", "--processes=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done

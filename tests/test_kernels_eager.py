@@ -284,7 +284,7 @@ def test_eager_imports_torch_alone():
     assert {name.split(".")[0] for name in names} == {"torch"}
 
 
-def test_importing_eager_loads_no_triton_and_nothing_of_ours():
+def test_importing_eager_loads_no_triton_and_of_ours_only_the_errors():
     code = """
 import sys, torch
 before = set(sys.modules)
@@ -292,4 +292,4 @@ import kernels.eager
 print(*sorted(set(sys.modules) - before))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["kernels", "kernels.eager"], done.stderr
+    assert done.stdout.split() == ["errors", "kernels", "kernels.eager"], done.stderr
