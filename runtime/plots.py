@@ -85,7 +85,8 @@ def save(figure, file: str | Path, dpi=110):
             columns = min(len(labels), max(1, 54 // max(map(len, labels))))
             ax.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     picture = io.BytesIO()
-    figure.savefig(picture, format=Path(file).suffix.lstrip(".").lower(), dpi=dpi)
+    # The layout of subfigures leaves tick labels at the edge out of account; a tight box does not.
+    figure.savefig(picture, format=Path(file).suffix.lstrip(".").lower(), dpi=dpi, bbox_inches="tight")
     plt.close(figure)
     atomic_write(file, picture.getvalue())
 
