@@ -78,3 +78,8 @@ def exit_on_interrupt():
         os._exit(130)
 
     signal.signal(signal.SIGINT, interrupted)
+
+
+def raise_on_interrupt():
+    """Makes Ctrl-C raise KeyboardInterrupt again, so that files are closed and processes ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,11 +10,17 @@
 Every score is defined in measures/; docs/measures.md lists them with their sources.
 """
 
+import sys
+
+from errors import UserError, exit_on_interrupt, raise_on_interrupt, run_command
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # importing torch takes seconds
+
 import argparse
 import json
 import os
 import re
-import sys
 import typing
 from pathlib import Path
 
@@ -25,7 +31,6 @@ import kernels
 from config import Config, Parser, from_checkpoint
 from data import bins
 from data.tokenizer import Tokenizer, tokenizer_from_state
-from errors import UserError, run_command
 from files import atomic_write
 from hf import folder as huggingface
 from measures import ablation, context, heads
@@ -34,7 +39,7 @@ from measures.copying import CopyTest, copy_scores, make_test, predict
 from measures.kgrams import kgram_baseline
 from measures.table import table
 from model import Llama
-from runtime import checkpoint, curves, distributed
+from runtime import checkpoint, distributed, metrics
 
 TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
 REMOVED = (0, 1, 2, 4, 8, 16, 32)  # numbers of heads that --ablate removes
@@ -133,8 +138,6 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
     dtype = distributed.pick_dtype("auto", device)
     model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)
     checkpoint.restore(path, state, model)
@@ -181,7 +184,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
 def over_steps(run: Path, args: argparse.Namespace):
     """Adds a row to a run's measures.jsonl for each of its checkpoints, milestones included, that has none there yet."""
     file = run / "measures.jsonl"
-    rows = {row["step"]: row for row in curves.read(file)} if file.exists() else {}
+    rows = {row["step"]: row for row in metrics.read(file)} if file.exists() else {}
     names = ((re.fullmatch(r"(?:milestone|ckpt)_(\d+)\.pt", path.name), path) for path in run.glob("*.pt"))
     found = {int(match[1]): path for match, path in names if match}
     if not found:
@@ -267,7 +270,7 @@ def main(argv: list[str]) -> int:
         check_output("--json", args.json, SCORES_JSON)
     if args.plot:
         check_output("--plot", args.plot, PICTURES[Path(args.plot).suffix.lower()])
-        runs = [curves.read(file) if (file := Path(path) / "metrics.jsonl").exists() else [] for path in args.paths]
+        runs = [metrics.read(file) if (file := Path(path) / "metrics.jsonl").exists() else [] for path in args.paths]
     results = []
     for path in args.paths:
         results.append(evaluate(path, args))
@@ -284,4 +287,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

@@ -10,12 +10,18 @@ stopped ones resume. Each checkpoint is measured once, by the same questions, in
 REPORT.md are made from these rows alone, in results/<scale>/.
 """
 
+import sys
+
+from errors import RunFailed, UserError, exit_on_interrupt, raise_on_interrupt, run_command
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # importing torch takes seconds
+
 import concurrent.futures
 import gzip
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +30,11 @@ import torch
 
 from config import ROOT, Parser
 from data import prepare
-from errors import RunFailed, UserError, run_command
 from files import atomic_write
 from paper.figures import FIGURES
 from paper.report import write_report
 from paper.scales import SCALES, Scale
-from runtime import curves
+from runtime import metrics
 
 
 def variants(scale: Scale) -> dict[str, dict]:
@@ -71,7 +76,7 @@ class Runs:
     def reached(self, file: str, variant: str, seed: int) -> bool:
         """Whether the last row of metrics.jsonl or measures.jsonl is that of the variant's last step."""
         path = self.folder(variant, seed) / file
-        rows = curves.read(path) if path.exists() else []
+        rows = metrics.read(path) if path.exists() else []
         return bool(rows) and rows[-1]["step"] >= self.scale.load(variants(self.scale)[variant]).max_steps
 
     def run(self, command: list[str], folder: Path, seconds: float | None = None) -> int:
@@ -140,8 +145,8 @@ class Runs:
         if all((self.folder(stand, seed) / "measures.jsonl").exists() for seed in self.seeds(stand)):
             found = []
             for seed in self.seeds(stand):
-                logged = {row["step"]: row for row in curves.read(self.folder(stand, seed) / "metrics.jsonl")}
-                measured = curves.read(self.folder(stand, seed) / "measures.jsonl")
+                logged = {row["step"]: row for row in metrics.read(self.folder(stand, seed) / "metrics.jsonl")}
+                measured = metrics.read(self.folder(stand, seed) / "measures.jsonl")
                 found.append([logged[r["step"]] | r for r in measured if "val_loss" in logged.get(r["step"], ())])
             kept.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(kept, gzip.compress(json.dumps(found).encode(), mtime=0))
@@ -224,4 +229,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

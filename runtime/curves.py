@@ -1,12 +1,8 @@
 """What the rows of a run tell: when something forms, and where it ends."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
-
-from errors import UserError
-from runtime import metrics
 
 # What forms on the way to copying, the columns that show it (the first that a run has), and the level at which it has formed.
 FORMED = {
@@ -14,19 +10,6 @@ FORMED = {
     "induction head": (("induction_max",), 0.3),
     "copying": (("copy_token_top128", "copy_token_full"), 0.3),
 }
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl or measures.jsonl. Raises UserError where one is damaged."""
-    try:
-        rows = metrics.read(path)
-    except UserError:
-        raise
-    except ValueError:
-        rows = [None]
-    if not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise UserError(f"{path}: one of its lines is damaged; remove that line")
-    return rows
 
 
 def onset(rows: list[dict], threshold: float, name: str, axis: str = "step") -> float | None:

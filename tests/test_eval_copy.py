@@ -17,7 +17,7 @@ from kernels import eager
 from measures import heads
 from measures.copying import predict
 from model import Llama
-from runtime import checkpoint, distributed, metrics, plots
+from runtime import checkpoint, metrics, plots
 from tests.conftest import heed_interrupts, write_dataset
 from tests.handbuilt import induction_model
 
@@ -183,20 +183,6 @@ def test_what_is_known_of_the_training_data_shows(tmp_path, capsys, monkeypatch)
     copy = json.loads((tmp_path / "x.json").read_text())[0]["copy"]
     assert list(copy) == ["full", "hex16", "top128"] and copy["full"]["untrained"] == 41 and copy["top128"]["untrained"] == 0
     assert "hardly trained (under 1 in 100,000 training tokens): 41 of full" in capsys.readouterr().out
-
-
-def test_on_a_gpu_the_device_that_is_named_is_made_current(tmp_path, monkeypatch):
-    """Triton launches on the current device, whatever device the tensors are on."""
-    tokenizer = Chars(20)
-    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
-    current = []
-    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(name))
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(eval_copy.kernels, "choose", lambda *_: eager)
-    monkeypatch.setattr(Llama, "to", lambda self, device: self)
-    eval_copy.load(tmp_path, "cuda:1")
-    eval_copy.load(tmp_path, "cuda")  # the current one, which set_device would refuse to take without a number
-    assert current == [torch.device("cuda", 1)]
 
 
 def test_an_interrupt_is_one_line_and_status_130(tmp_path):

@@ -1,9 +1,5 @@
 """When something forms in a run, and the pictures of it."""
 
-import pytest
-
-from errors import UserError
-from runtime import curves
 from runtime.curves import at_the_end, formed, onset
 
 
@@ -32,11 +28,3 @@ def test_what_forms_on_the_way_to_copying_is_found_in_its_order():
     assert formed(run) == {"previous-token head": 50, "induction head": 60}
     assert formed([{k: v for k, v in row.items() if "top" not in k} for row in run])["copying"] == 80
     assert formed([{"step": 1, "tokens": 1, "val_loss": 3.0}]) == {}
-
-
-@pytest.mark.parametrize("line", ['{"step": 2, "to', "7", "[]", '{"tokens": 3}'])
-def test_a_damaged_line_is_named(tmp_path, line):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(UserError, match=f"{path}"):
-        curves.read(path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from config import Config, ModelConfig
+from errors import UserError
 from runtime import metrics
 from runtime.distributed import World
 
@@ -78,3 +79,11 @@ def test_the_time_to_go_includes_evaluations_and_the_step_time_does_not(monkeypa
         now[0] += 30
     now[0] += 10
     assert timer.lap(21) == {"ms": 1000, "tokens_per_s": 10, "eta_s": 25}  # 50 s in 20 steps, and 10 to go
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "to', "7", "[]", '{"tokens": 3}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(UserError, match=f"{path}"):
+        metrics.read(path)

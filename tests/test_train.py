@@ -356,10 +356,10 @@ def test_ctrl_c_at_the_question_ends_with_130_and_one_line(settings, tmp_path):
     os.close(slave)
 
 
-def test_ctrl_c_during_the_imports_ends_with_130_and_one_line(settings):
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "train.py", *flags(settings)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("command", [["train.py"], ["eval_copy.py", "nowhere"], ["reproduce.py", "a"]])
+def test_ctrl_c_during_the_imports_ends_with_130_and_one_line(settings, command):
+    argv = [*command, *(flags(settings) if command == ["train.py"] else [])]
+    process = subprocess.Popen([sys.executable, "-X", "importtime", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:  # of the modules imported
         if "torch._C" in line or "torch.version" in line:
             break
