@@ -51,7 +51,7 @@ SCALES = {
     "text": Scale(
         "configs/text.py", settings=dict(schedule="constant"),
         batches=(4, 8, 16, 32), rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), layers=8,
-        grid=((4, 8, 16), (128, 256, 512)), grid_steps=(16000, 8000, 4000), warmups=(100, 400, 1600),
+        grid=((4, 8, 16), (128, 256, 512)), grid_steps=(30000, 15000, 7500), warmups=(100, 400, 1600),
         copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
     ),
     "gpu": Scale(

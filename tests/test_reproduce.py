@@ -18,15 +18,11 @@ from paper.report import FAILS, HOLDS, OPEN, at_exponents
 from paper.scales import SCALES, Scale
 from tests.conftest import heed_interrupts
 
-# configs/text.py is made by the search for a recipe; until it is there, a config of that kind stands for it.
 TEXT = SCALES["text"]
-if not (ROOT / TEXT.config).exists():
-    TEXT = dataclasses.replace(TEXT, config="configs/pycode.py")
-EACH = SCALES | {"text": TEXT}
 TINY = SCALES["tiny"]
 
 
-@pytest.mark.parametrize("scale", EACH.values(), ids=EACH)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_each_figure_has_its_variants_and_each_variant_is_a_config(scale):
     named = reproduce.variants(scale)
     for letter, figure in figures.FIGURES.items():
