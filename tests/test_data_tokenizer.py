@@ -337,7 +337,7 @@ def test_an_encoding_that_is_not_gpt2s_kind_is_refused(name):
 
 def test_the_encodings_on_offer_split_text_as_gpt2_does_and_have_one_special_token(monkeypatch):
     """Those of tiktoken itself, with its own small vocabularies in place of the ones it would download."""
-    plugin = pytest.importorskip("tiktoken_ext.openai_public")
+    plugin = pytest.importorskip("tiktoken_ext.openai_public", reason="this tiktoken has no encodings of its own")
     monkeypatch.setattr(plugin, "data_gym_to_mergeable_bpe_ranks", lambda **_: {t: i for i, t in enumerate(TOKENS)})
     monkeypatch.setattr(plugin, "load_tiktoken_bpe", lambda *_, **__: {t: i for i, t in enumerate(TOKENS)})
     for name in ("gpt2", "r50k_base", "p50k_base"):
