@@ -3,8 +3,7 @@
 nanoGPT's and llama2.c's bins are headerless like ours, llm.c's and modded-nanogpt's have a header. All are read as they are,
 also in many files, and without a meta.json.
 
-    python -m data.bins runs/tiny --step 1000                             the batch of that step, as ids and as text
-    python -m data.bins data/tiny --step 1000 --config configs/tiny.py    the same, before there is a run
+    python -m data.bins runs/tiny --step 1000     the batch of that step, as ids and as text
 """
 
 import contextlib
@@ -16,14 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Parser, from_dict, load
-from data.meta import SPLITS, TOKEN, load_meta
-from data.tokenizer import load_tokenizer
+from config import Parser, from_dict
+from data.meta import BLOCK, SPLITS, TOKEN, load_meta, make_meta, meta_to_json, scan
+from data.tokenizer import Ids, Tokenizer, load_tokenizer, tokenizer_to_meta
 from errors import RunFailed, UserError, run_command
+from files import atomic_write
 
-
-class DataChanged(RunFailed):
-    """A bin file changed while the run had it open."""
+HEADER = 1024  # bytes of the header of llm.c and modded-nanogpt: 256 int32, the first three MAGIC, 1 and the number of tokens
+MAGIC = 20240520
+MAGIC_UINT32 = 20240801  # where tokens are uint32
 
 
 def files(path) -> list[Path]:
@@ -45,31 +45,23 @@ def files(path) -> list[Path]:
 class Shard:
     """One file, mapped once and read-only: tokens (n,) uint16.
 
-    Headerless, or after the header of llm.c and modded-nanogpt: 256 int32, the first three 20240520, 1 and n.
     Raises UserError if it is empty, no whole number of tokens, or not of the size that its header states.
     """
-
-    HEADER = 1024  # bytes
-    UINT16 = 20240520  # the first int32 of a header, by the width of a token
-    UINT32 = 20240801
 
     def __init__(self, path: Path):
         self.path = path
         self.opened = self._stat()
         n_bytes = path.stat().st_size
-        if n_bytes == 0:
-            raise UserError(f"{path}: empty; remove its folder and prepare it again")
-        magic, version, n = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
-        if magic == self.UINT32 and n_bytes == self.HEADER + 4 * n:
+        magic, version, stated = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
+        if magic == MAGIC_UINT32 and n_bytes == HEADER + 4 * stated:
             raise UserError(f"{path}: holds uint32 tokens, and only uint16 can be read; prepare it with 65536 ids or fewer")
-        headed = magic == self.UINT16 and version == 1 and n_bytes >= self.HEADER
-        if headed and n_bytes != self.HEADER + TOKEN.itemsize * n:
-            found = (n_bytes - self.HEADER) / TOKEN.itemsize
-            raise UserError(f"{path}: its header states {n} tokens, but it holds {found:g}; get the file again")
-        if n_bytes % TOKEN.itemsize:
-            raise UserError(f"{path}: {n_bytes} bytes are no whole number of uint16 tokens; prepare it again")
+        has_header = magic == MAGIC and version == 1 and n_bytes >= HEADER
+        if n_bytes == 0 or n_bytes % TOKEN.itemsize:
+            raise UserError(f"{path}: {n_bytes} bytes, not a positive whole number of uint16 tokens; prepare it again")
         # As a plain view: indexing a memmap is slower.
-        self.tokens = np.asarray(np.memmap(path, TOKEN, mode="r"))[self.HEADER // TOKEN.itemsize if headed else 0 :]
+        self.tokens = np.asarray(np.memmap(path, TOKEN, mode="r"))[HEADER // TOKEN.itemsize if has_header else 0 :]
+        if has_header and len(self.tokens) != stated:
+            raise UserError(f"{path}: its header states {stated} tokens, but it holds {len(self.tokens)}; get the file again")
 
     def _stat(self):
         """Returns what changes when the file is cut or written to; None if it is gone."""
@@ -78,9 +70,9 @@ class Shard:
             return now.st_size, now.st_mtime_ns
 
     def check(self):
-        """Raises DataChanged if the file was changed: reading a mapped file that was cut would kill the process."""
+        """Raises RunFailed if the file was changed: reading a mapped file that was cut would kill the process."""
         if self._stat() != self.opened:
-            raise DataChanged(f"{self.path}: changed since this run opened it; put the data back, and run the same command")
+            raise RunFailed(f"{self.path}: changed since this run opened it; put the data back, and run the same command")
 
 
 class Bin:
@@ -119,7 +111,7 @@ class Bin:
     def windows(self, indices) -> np.ndarray:
         """Returns the token ids (B, seq_len + 1) int64 of the windows with these numbers (B,).
 
-        Raises UserError for an id >= vocab_size, and DataChanged if a file was changed since it was opened.
+        Raises UserError for an id >= vocab_size, and RunFailed if a file was changed since it was opened.
         """
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
         first = np.searchsorted(self.ends, starts, side="right").tolist()
@@ -192,45 +184,64 @@ def fingerprint(folder) -> str:
     return digest.hexdigest()
 
 
-def batch(path: Path, step: int, config: Path | None):
-    """Returns the batch of a step: its windows' numbers (B,), their ids (B, seq_len + 1), and the tokenizer.
+def import_bins(folder: Path, tokenizer: Tokenizer | None, arguments: dict) -> dict:
+    """Writes meta.json, and the tokenizer's file, into a folder of bins made by another program. Returns the meta.
 
-    path: a run directory, whose config.json tells the rest, or a data folder
-    config: a config.json or a config's .py file; None for the config.json in `path`
+    tokenizer: None if it is not known. Raises UserError if there is a meta.json already, no bin of a split, a damaged bin, or
+    an id that the tokenizer does not have.
     """
-    source = config or path / "config.json"
-    if not source.exists():
-        raise UserError(f"{source}: not found; name a run directory, or a data folder and its --config")
+    if load_meta(folder):
+        raise UserError(f"{folder}: has a meta.json already; remove it to have it made again")
+    splits = {}
+    counts = {}
+    for split in SPLITS:
+        shards = [Shard(path).tokens for path in files(folder / f"{split}.bin")]
+        if not shards:
+            raise UserError(f"{folder}: no file of {split} tokens; its name must have {split!r} in it and end in .bin")
+        blocks = (tokens[start : start + BLOCK] for tokens in shards for start in range(0, len(tokens), BLOCK))
+        digest, counts[split] = scan(blocks)
+        docs = int(counts[split][tokenizer.bos]) if tokenizer else 0
+        splits[split] = {"tokens": int(counts[split].sum()), "docs": docs, "bytes": 0, "blake2b": digest}
+    highest = int(sum(counts.values()).nonzero()[0].max(initial=0))
+    tokenizer = tokenizer or Ids(highest + 1)
+    if highest >= tokenizer.size:
+        raise UserError(f"{folder}: has token id {highest}, but {arguments['tokenizer']} has only {tokenizer.size} ids")
+    details, small_files = tokenizer_to_meta(tokenizer)
+    details |= {"separator": "unknown: made elsewhere", "source": {"arguments": arguments}}
+    meta = make_meta(tokenizer.size, splits, counts["train"][: tokenizer.size], details)
+    for name, data in (small_files | {"meta.json": meta_to_json(meta)}).items():
+        atomic_write(folder / name, data)
+    return meta
+
+
+def batch(run: Path, step: int):
+    """Returns the batch of a step of a run: its windows' numbers (B,), their ids (B, seq_len + 1), and the tokenizer."""
+    path = run / "config.json"
+    if not path.exists() or step < 1:
+        raise UserError(f"{path} --step={step}: expected the directory of a run, which has that file, and a step from 1")
     try:
-        c = load([str(source)]) if source.suffix == ".py" else from_dict(json.loads(source.read_bytes()))
+        c = from_dict(json.loads(path.read_bytes()))
     except ValueError as e:
-        raise UserError(f"{source}: {e}") from None
-    if step < 1:
-        raise UserError(f"--step={step}: steps count from 1")
-    folder = path if files(path / "train.bin") else Path(c.data)
-    data = Bin(folder / "train.bin", c.seq_len, c.vocab_size)
+        raise UserError(f"{path}: {e}") from None
+    data = Bin(Path(c.data) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
-    return windows, data.windows(windows), load_tokenizer(folder, c.vocab_size)
+    return windows, data.windows(windows), load_tokenizer(c.data, c.vocab_size)
 
 
 def show(argv: list[str]) -> int:
     """Prints the exact batch of a step."""
     parser = Parser(prog="python -m data.bins", description="Shows the exact batch of a step.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="run directory, or data folder")
+    parser.add_argument("path", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, from 1")
-    parser.add_argument("--config", type=Path, metavar="CONFIG", help="config of a run; default: config.json in PATH")
     args = parser.parse_args(argv)
-    windows, ids, tokenizer = batch(args.path, args.step, args.config)
+    windows, ids, tokenizer = batch(args.path, args.step)
     with contextlib.suppress(BrokenPipeError):
         for i, (window, row) in enumerate(zip(windows, ids.tolist(), strict=True)):
-            shown = " ".join(map(str, row))
-            print(f"sequence {i}, window {window}\nids  {shown}\ntext {tokenizer.decode(row)!r}\n", flush=True)
+            print(
+                f"sequence {i}, window {window}\nids  {' '.join(map(str, row))}\ntext {tokenizer.decode(row)!r}\n", flush=True
+            )
     return 0
 
 
-def main(argv: list[str]) -> int:
-    return run_command(show, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(show, sys.argv[1:]))

@@ -1,184 +1,211 @@
-"""Documents out of files of text and of JSON lines, compressed (.gz, .zst) or not.
+"""Documents out of files and datasets: plain text, JSON lines, and whatever the library `datasets` reads.
 
-A damaged file raises UserError. A damaged record, or one without its text, is yielded with text=None and the reason, so that
-it is counted and named. The loaders of `datasets` are not used here: they stop at the first bad line, and take a .zst file
-that was cut off for a whole one.
+A damaged file raises UserError. A damaged record, or one without its text, becomes a document with text=None and the reason, so
+that it is counted and named. JSON lines are parsed here, since the loader of `datasets` stops at the first bad line and takes a
+.zst file that was cut off for a complete one. Files at a URL are opened through `datasets`, which retries.
 """
 
+import contextlib
+import functools
+import gzip
+import io
 import json
-import zlib
+import logging
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from errors import UserError
 
 LONG = 65536  # bytes; a longer file of plain text is cut into documents of about this length
-BLOCK = 2**16  # bytes read at a time, so that memory stays small even where a file is compressed a thousandfold
 MAX_RECORD = 2**25  # bytes; a longer record is dropped, as its ids would fill the memory
 TOO_LONG = f"longer than {MAX_RECORD // 2**20} MiB"
 PROBED = 100  # records; if none of so many has the field, its name is wrong
-
-
-OpenFile = Callable[[], BinaryIO]
+ROWS = 64  # of a table, read at a time
 
 
 class Document(NamedTuple):
     """
     id: names the document in messages
-    text: None if the document is dropped, and then `dropped` says why
-    read: bytes of its file that were read by then
-    state: set on a document at which reading can resume: Part.read(state) yields this document first
+    text: None if the document is left out, and then `dropped` says why
     """
 
     id: str
     text: str | None
     dropped: str = ""
-    read: int = 0
-    state: dict | None = None
 
 
 class Part(NamedTuple):
     """A file of a source, or what takes the place of one.
 
+    read: read(state) yields pairs: a document, and the state, plain values, with which read() begins after that document.
+        read(None) begins with the first.
     size: in bytes; None if unknown
-    read: read(state) yields the documents, from the first one for state=None
-    group, weight: of --tokens, each group gets a share proportional to its weight
+    group, quota: the parts of a group yield about `quota` tokens together; 0 for all
     """
 
     name: str
-    size: int | None
-    read: Callable[[dict | None], Iterator[Document]]
+    read: Callable[[Any], Iterator[tuple[Document, Any]]]
+    size: int | None = None
     group: str = ""
-    weight: float = 1.0
+    quota: int = 0
 
 
-def decoded(id: str, data: bytes, read: int = 0) -> Document:
+def numbered(read: Callable[[], Iterable[Document]]):
+    """Returns Part.read for documents that can only be read from the first one: the state is how many of them to skip."""
+
+    def resumable(state):
+        for number, document in enumerate(read(), 1):
+            if number > (state or 0):
+                yield document, number
+
+    return resumable
+
+
+def decoded(id: str, data: bytes) -> Document:
     """Returns the document whose text is `data` in UTF-8."""
+    if len(data) > MAX_RECORD:
+        return Document(id, None, TOO_LONG)
     try:
-        return Document(id, data.decode(), read=read)
+        return Document(id, data.decode())
     except UnicodeDecodeError:
-        return Document(id, None, "undecodable", read)
+        return Document(id, None, "undecodable")
 
 
-def plain_text(open_file: OpenFile, name: str) -> Iterator[Document]:
+def plain_text(path: str, download=False) -> Iterator[Document]:
     """Yields a text file as one document, or cut at line ends into several of about LONG bytes.
 
     This way even a single file has parts to train on and parts to validate on.
     """
     data = b""
     start = 0  # of `data` in the text
-    read = 0
-    for block, read in _blocks(open_file, name):
-        data += block
-        while len(data) > LONG:
+    with open_file(path, download) as file:
+        while len(data := data + file.read(LONG + 1 - len(data))) > LONG:
             end = _boundary(data[:LONG])
-            yield decoded(f"{name}:{start}", data[:end], read)
+            yield decoded(f"{_name(path)}:{start}", data[:end])
             data = data[end:]
             start += end
-    yield decoded(f"{name}:{start}", data, read)
+    yield decoded(f"{_name(path)}:{start}", data)
 
 
 def _boundary(data: bytes) -> int:
-    """Returns where to cut: after the last line end, else before the last character, which may be incomplete."""
-    end = data.rfind(b"\n") + 1
-    if end:
-        return end
-    for i in range(len(data) - 1, max(len(data) - 4, 0), -1):
-        if data[i] & 0xC0 != 0x80:  # the first byte of the last character
-            return i if data[i] >= 0xC0 else len(data)
-    return len(data)
+    """Returns where to cut: after the last line end, else before a last character that may be incomplete."""
+    incomplete = re.search(rb"[\xc0-\xff][\x80-\xbf]{0,2}\Z", data)
+    return data.rfind(b"\n") + 1 or (incomplete.start() if incomplete else len(data))
 
 
-def json_lines(open_file: OpenFile, name: str, field: str) -> Iterator[Document]:
-    """Yields a document for each line of a .jsonl file that is not blank: the text under the key `field`.
+def json_lines(path: str, field: str, download=False) -> Iterator[Document]:
+    """Yields a document for each line that is not blank: the text under the key `field`.
 
     Raises UserError if the file is damaged, or if none of its first records has the key.
     """
     found = False
-    for number, (line, read) in enumerate(_lines(_blocks(open_file, name)), 1):
-        if line is not None and not line.strip():
-            continue
-        text, dropped, keys = _parse(line, field)
-        found = found or dropped != f"without {field}"
-        if number == PROBED and not found:
-            raise UserError(
-                f"{name}: none of its first {PROBED} records has the field {field!r}; "
-                f"the last has: {', '.join(keys[:20]) or 'none'}; pass --field=NAME"
-            )
-        yield Document(f"{name}:{number}", text, dropped, read)
+    with open_file(path, download) as file:
+        for number, line in enumerate(_lines(file), 1):
+            if line.isspace():
+                continue
+            text, dropped = _parse(line, field)
+            found = found or dropped != f"without {field}"
+            if number == PROBED and not found:
+                raise UserError(
+                    f"{path}: none of its first {PROBED} records has the field {field!r}: {line[:80]}; pass --field=NAME"
+                )
+            yield Document(f"{_name(path)}:{number}", text, dropped)
 
 
-def _parse(line: bytes | None, field: str) -> tuple[str | None, str, list[str]]:
-    """Returns the text of a record, or None and why it has none; and the record's keys."""
-    if line is None:
-        return None, TOO_LONG, []
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the lines of a file; of one longer than MAX_RECORD, only its first MAX_RECORD + 1 bytes."""
+    while line := file.readline(MAX_RECORD + 1):
+        yield line
+        while not line.endswith(b"\n") and (line := file.readline(MAX_RECORD)):
+            pass
+
+
+def _parse(line: bytes, field: str) -> tuple[str | None, str]:
+    """Returns the text of a record, or None and why it has none."""
+    if len(line.rstrip(b"\n")) > MAX_RECORD:
+        return None, TOO_LONG
     try:
-        record = json.loads(line.decode())
-        keys = list(record) if isinstance(record, dict) else []
-        text = record[field] if field in keys else None
-        if not isinstance(text, str):
-            return None, f"without {field}", keys
-        if b"\\u" in line:
-            text.encode()  # JSON can spell half of a surrogate pair
-        return text, "", keys
+        text = json.loads(line.decode())[field]
+        text.encode()  # JSON can spell half of a surrogate pair
+        return text, ""
     except UnicodeError:
-        return None, "undecodable", []
+        return None, "undecodable"
+    except (LookupError, TypeError, AttributeError):
+        return None, f"without {field}"
     except (ValueError, RecursionError):
-        return None, "not JSON", []
+        return None, "not JSON"
 
 
-def _blocks(open_file: OpenFile, name: str) -> Iterator[tuple[bytes, int]]:
-    """Yields the file's bytes in blocks, decompressed if its name ends in .gz or .zst; each with the bytes read by then."""
-    if name.endswith(".gz"):
-        return _decompress(_read(open_file), name, lambda: zlib.decompressobj(wbits=31), zlib.error)
-    if name.endswith(".zst"):
-        zstandard = require("zstandard", name)
-        return _decompress(_read(open_file), name, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
-    return _read(open_file)
+def rows(name: str, path: str, field: str, download: bool, options: dict, state) -> Iterator[tuple[Document, Any]]:
+    """Yields the rows of load_dataset(path, **options); a row's number counts from 1 within the dataset.
 
-
-def _read(open_file: OpenFile) -> Iterator[tuple[bytes, int]]:
-    read = 0
-    with open_file() as file:
-        while block := file.read(BLOCK):
-            read += len(block)
-            yield block, read
-
-
-def _decompress(blocks, name: str, new, error: type[Exception]) -> Iterator[tuple[bytes, int]]:
-    """Decompresses blocks. new() returns a decompressor for one gzip member or zstd frame; a file may have several.
-
-    Raises UserError if one is damaged or cut off.
+    state: of the dataset before a table of rows, the number of rows before it, and the number of rows of it to skip.
     """
-    member = None
-    read = 0
-    try:
-        for block, read in blocks:
-            while block:
-                if member is None or member.eof:
-                    member = new()
-                yield member.decompress(block), read
-                block = member.unused_data
-    except error as e:
-        raise UserError(f"{name}: damaged at about byte {read} ({e}); get the file again") from None
-    if member and not member.eof:
-        raise UserError(f"{name}: damaged: it is cut off after byte {read}; get the file again")
+    datasets = _datasets(name)
+    position, row, skip = state or (None, 0, 0)
+    with one_line_errors(name):
+        import pyarrow
+
+        load = functools.partial(datasets.load_dataset, path, **options)
+        columns = load(streaming=True).column_names
+        if columns and field not in columns:
+            raise UserError(f"{name}: has no column {field!r}; it has: {', '.join(columns)}; pass --field=NAME")
+        only = {"columns": [field]} if path == "parquet" else {}
+        dataset = load(**only).to_iterable_dataset() if download else load(streaming=True, **only)
+        dataset = dataset.select_columns([field]).with_format("arrow")
+        if position:
+            dataset.load_state_dict(position)
+        for table in dataset.iter(batch_size=ROWS):
+            column = table.column(field)
+            try:
+                cells = column.cast(pyarrow.large_binary())
+            except pyarrow.ArrowException:
+                raise UserError(f"{name}: column {field!r} is {column.type}, not text; pass --field=NAME") from None
+            for n, cell in enumerate(cells, 1):
+                data = cell.as_py()
+                id = f"{name}:{row + n}"
+                if n > skip:
+                    document = Document(id, None, f"without {field}") if data is None else decoded(id, data)
+                    yield document, (position, row, n)
+            row += len(cells)
+            skip = 0
+            position = dataset.state_dict()
 
 
-def _lines(blocks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes | None, int]]:
-    """Yields lines without their ends; None in place of one longer than MAX_RECORD."""
-    parts = []  # of the current line
-    length = read = 0
-    for block, read in blocks:
-        for i, piece in enumerate(block.split(b"\n")):
-            if i > 0:
-                yield None if length > MAX_RECORD else b"".join(parts), read
-                parts = []
-                length = 0
-            length += len(piece)
-            parts = [] if length > MAX_RECORD else [*parts, piece]
-    if length:
-        yield None if length > MAX_RECORD else b"".join(parts), read
+def _name(path: str) -> str:
+    return path.split("?")[0] if "://" in path else path
+
+
+@contextlib.contextmanager
+def open_file(path: str, download=False) -> Iterator[BinaryIO]:
+    """Opens a file or URL, to be read decompressed if its name ends in .gz or .zst. Raises UserError if it is damaged."""
+    with one_line_errors(path), _open(path, download) as file:
+        if _name(path).endswith(".gz"):
+            yield gzip.GzipFile(fileobj=file)
+        elif _name(path).endswith(".zst"):
+            yield io.BufferedReader(require("pyarrow", path).input_stream(file, compression="zstd"))
+        else:
+            yield file
+
+
+def _open(path: str, download: bool) -> BinaryIO:
+    if "://" not in path:
+        return open(path, "rb")
+    datasets = _datasets(path)
+    from datasets.utils.file_utils import xopen  # open() for URLs, which retries
+
+    return open(datasets.DownloadManager().download(path), "rb") if download else io.BufferedReader(xopen(path, "rb"))
+
+
+def _datasets(name: str):
+    """Returns the package `datasets`, silenced: what goes wrong is said in one line."""
+    datasets = require("datasets", name)
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    return datasets
 
 
 def require(package: str, name: str):
@@ -187,3 +214,17 @@ def require(package: str, name: str):
         return __import__(package)
     except ModuleNotFoundError:
         raise UserError(f"{name}: reading it needs {package}: pip install '.[data]'") from None
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str):
+    """Turns whatever the libraries that read files raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as e:
+        raise UserError(f"{name}: {e}; pip install '.[data]'") from None
+    except Exception as e:
+        what = textwrap.shorten(f"{type(e).__name__}: {e}", 200, placeholder=" ...")
+        raise UserError(f"{name}: {what}; once that is mended, run the same command again to resume") from None

@@ -1,56 +1,42 @@
-"""Documents -> token ids, on all cores: batches out to the worker processes, ids back, in the order of the documents.
+"""Documents -> token ids, on all cores: batches go out to worker processes, and ids come back in the order of the documents.
 
 The result does not depend on the number of processes. The main process reads and writes, which is little work: encoding a
 batch takes hundreds of times longer than sending it.
 """
 
-import contextlib
 import hashlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.documents import Document, Part
 from data.meta import SPLITS, TOKEN
-from data.repeat import insert_repeats
 from data.tokenizer import tokenizer_from_state
 from data.tokenizer_kinds import Tokenizer
 from errors import UserError
 
 BATCH = 2**20  # characters of text in a batch, about; large enough that sending it costs little
 AHEAD = 3  # batches in flight per process, so that none waits
-
-
-class Position(NamedTuple):
-    """Where reading resumes: after `taken` documents of a part.
-
-    state: what to pass to Part.read(); it then begins after `skipped` documents.
-    read: bytes of the part that were read by then.
-    """
-
-    part: int = 0
-    taken: int = 0
-    state: dict | None = None
-    skipped: int = 0
-    read: int = 0
+SHORTEST = 20  # tokens in a passage that --repeat copies
+LONGEST = 100
+WITHIN = 300  # tokens of the original text between the begin of a passage and its copy, at most
 
 
 class Batch(NamedTuple):
-    """Documents of one group, and the position behind the last of them."""
+    """Documents of one group. end: where reading resumes after them, as the number of a part and the state of its read()."""
 
     documents: list[Document]
-    end: Position
     group: str
+    end: tuple[int, Any]
 
 
 class Settings(NamedTuple):
@@ -61,90 +47,103 @@ class Settings(NamedTuple):
     repeat: float = 0.0  # share of the training tokens in inserted copies
 
 
-@dataclass
-class Encoded:
-    """The tokens of a batch, by split, and what there is to count.
+class Encoded(NamedTuple):
+    """The tokens of a batch, and what there is to count.
 
-    ids: uint16, bos before each document
-    docs, bytes: number of documents and bytes of their text, by split
-    dropped, altered: number of documents, by reason; first: the id of the first dropped document, by reason
-    lowest: the least split_hash()
-    repeated: tokens in inserted copies
+    ids: uint16, by split, bos before each document
+    counts: "docs", "bytes" (of text) and "copied" (tokens that --repeat inserted) by split; "dropped" and "altered" (documents)
+        by reason
+    first: the id of the first dropped document, by reason
     """
 
-    ids: dict[str, np.ndarray] = field(default_factory=dict)
-    docs: Counter = field(default_factory=Counter)
-    bytes: Counter = field(default_factory=Counter)
-    dropped: Counter = field(default_factory=Counter)
-    altered: Counter = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-    lowest: float = 1.0
-    repeated: int = 0
+    ids: dict[str, np.ndarray]
+    counts: dict[str, Counter]
+    first: dict[str, str]
 
 
-def batches(parts: list[Part], start: Position, is_full: Callable[[str], bool]) -> Iterator[Batch]:
-    """Yields all documents from position `start` on. Once a group is full, no more of it is read."""
-    for group, run in itertools.groupby(range(start.part, len(parts)), key=lambda i: parts[i].group):
+def batches(parts: list[Part], start: tuple[int, Any], is_full: Callable[[str], bool]) -> Iterator[Batch]:
+    """Yields all documents from `start` on, as in Batch.end. Once a group is full, no more of it is read."""
+    first, state = start
+    for group, run in itertools.groupby(range(first, len(parts)), key=lambda i: parts[i].group):
         documents = []
-        size = 0
+        chars = 0
         for i in run:
             if is_full(group):
                 break
-            resumed = i == start.part
-            state, skipped = (start.state, start.skipped) if resumed else (None, 0)
-            for taken, document in enumerate(parts[i].read(state), skipped + 1):
-                if document.state is not None:
-                    state, skipped = document.state, taken - 1
-                if resumed and taken <= start.taken:
-                    continue
-                documents.append(document._replace(state=None))
-                size += len(document.text or "") + 64  # a document without text takes memory too
-                end = Position(i, taken, state, skipped, document.read)
-                if size >= BATCH:
-                    yield Batch(documents, end, group)
+            for document, after in parts[i].read(state if i == first else None):
+                documents.append(document)
+                end = (i, after)
+                chars += len(document.text or "") + 64  # a document without text takes memory too
+                if chars >= BATCH:
+                    yield Batch(documents, group, end)
                     documents = []
-                    size = 0
+                    chars = 0
                     if is_full(group):
                         break
         if documents:
-            yield Batch(documents, end, group)
+            yield Batch(documents, group, end)
 
 
 def encode(tokenizer: Tokenizer, documents: list[Document], settings: Settings) -> Encoded:
     """Returns the tokens of the documents; one is held out for validation if its split_hash() is below val_fraction."""
-    out = Encoded()
     bos = np.array([tokenizer.bos], TOKEN)
     pieces = {split: [bos[:0]] for split in SPLITS}
+    counts = defaultdict(Counter)
+    first = {}
     for document in documents:
         text = document.text
         if not text:
             reason = document.dropped or "empty"
-            out.dropped[reason] += 1
-            out.first.setdefault(reason, document.id)
+            counts["dropped"][reason] += 1
+            first.setdefault(reason, document.id)
             continue
         data = text.encode()
         place = split_hash(data, settings.seed)
         split = "val" if place < settings.val_fraction else "train"
         ids = np.asarray(tokenizer.encode(text), TOKEN)
-        if settings.repeat and split == "train":
-            with_copies, n = insert_repeats(ids, settings.repeat, np.random.default_rng([settings.seed, int(place * 2**64)]))
-            pieces[split] += bos, with_copies
-            out.repeated += n
-        else:
-            pieces[split] += bos, ids
-        out.docs[split] += 1
-        out.bytes[split] += len(data)
-        out.lowest = min(out.lowest, place)
         if change := tokenizer.altered(text, ids):
-            out.altered[change] += 1
-    out.ids = {split: np.concatenate(pieces[split]) for split in SPLITS}
-    return out
+            counts["altered"][change] += 1
+        if settings.repeat and split == "train":
+            n = len(ids)
+            ids = insert_repeats(ids, settings.repeat, np.random.default_rng([settings.seed, int(place * 2**64)]))
+            counts["copied"][split] += len(ids) - n
+        pieces[split] += bos, ids
+        counts["docs"][split] += 1
+        counts["bytes"][split] += len(data)
+    return Encoded({split: np.concatenate(pieces[split]) for split in SPLITS}, counts, first)
 
 
 def split_hash(text: bytes, seed: int) -> float:
     """Returns a hash of the text in [0, 1): a document keeps its split when the source grows."""
     digest = hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "little") / 2**64
+
+
+def insert_repeats(ids: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns the ids (n,) of a document with copies inserted that make up `share` of the result, on average.
+
+    Each copy is a passage of the document's own tokens, chosen at random among those that end at or before the place of the
+    copy. Documents of fewer than SHORTEST tokens stay as they are.
+    """
+    n = len(ids)
+    if n < SHORTEST:
+        return ids
+    budget = share / (1 - share) * n
+    copies = []
+    while True:
+        length = int(rng.integers(SHORTEST, min(LONGEST, n) + 1))
+        if rng.random() * length >= budget:  # the last copy is made with a probability that keeps the average
+            break
+        place = int(rng.integers(length, n + 1))
+        start = int(rng.integers(max(place - WITHIN, 0), place - length + 1))
+        copies.append((place, ids[start : start + length]))
+        budget -= length
+    pieces = []
+    end = 0
+    for place, copy in sorted(copies, key=lambda copy: copy[0]):
+        pieces += ids[end:place], copy
+        end = place
+    return np.concatenate([*pieces, ids[end:]])
 
 
 def encode_all(
@@ -163,8 +162,9 @@ def encode_all(
     in_flight = deque()
     try:
         for batch in batches:
-            with _sigint_blocked():  # workers are started here, and inherit it: Ctrl-C is left to this process
-                future = pool.submit(_encode, batch.documents)
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers are started here: Ctrl-C is left to this process
+            future = pool.submit(_encode, batch.documents)
+            signal.signal(signal.SIGINT, handler)
             in_flight.append((batch._replace(documents=[]), future))
             if len(in_flight) > AHEAD * processes:
                 batch, future = in_flight.popleft()
@@ -180,22 +180,9 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def _sigint_blocked():
-    if os.name != "posix":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(tokenizer_state, settings):
     """Runs first in a new process, which exits when the main process dies."""
     global _tokenizer, _settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     _tokenizer = tokenizer_from_state(tokenizer_state)
     _settings = settings

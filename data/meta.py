@@ -1,8 +1,8 @@
 """The format of a prepared dataset: uint16 token ids in train.bin and val.bin, described by meta.json."""
 
-import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,7 @@ FORMAT = 1
 SPLITS = ("train", "val")
 TOKEN = np.dtype("<u2")
 MAX_VOCAB = 65536  # ids that uint16 can hold
-SPLIT = {"tokens": int, "docs": int, "bytes": int, "blake2b": str}
-META = {"vocab_size": int, "fingerprint": str, "tokenizer": dict, "splits": {split: SPLIT for split in SPLITS}}
+BLOCK = 2**20  # tokens read at a time
 
 
 def make_meta(vocab_size: int, splits: dict, counts, details: dict) -> dict:
@@ -22,7 +21,7 @@ def make_meta(vocab_size: int, splits: dict, counts, details: dict) -> dict:
 
     splits: {split: {"tokens", "docs", "bytes", "blake2b"}}
     counts: (vocab_size,), how often each id occurs in the training tokens
-    details: whatever else is to be recorded, the tokenizer's entry among it
+    details: whatever else is to be recorded, the tokenizer's entries among it
     """
     fixed = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": vocab_size, "splits": splits}
     return fixed | details | {"fingerprint": fingerprint(splits), "counts": [int(n) for n in counts]}
@@ -35,36 +34,32 @@ def meta_to_json(meta: dict) -> str:
 
 
 def load_meta(folder) -> dict | None:
-    """Returns the folder's meta.json, or None if there is none. Raises UserError for one that data.prepare did not write.
+    """Returns the folder's meta.json, or None if there is none. Raises UserError if data.prepare did not write it so.
 
-    Those of before lack `counts`.
+    Datasets that were prepared before ids were counted have no `counts`.
     """
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
+        sound = _is_sound(meta)
     except FileNotFoundError:
         return None
-    except ValueError as e:
-        raise UserError(f"{path}: not JSON ({e}); remove the folder and prepare it again") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path}: format {found}, expected {FORMAT} of data.prepare; remove the folder and prepare it again")
-    wrong = _misfit(meta, META)
-    if wrong is None and not is_counts(meta.get("counts"), meta["vocab_size"]):
-        wrong = "counts"
-    if wrong is not None:
-        raise UserError(f"{path}: {wrong} is missing or of the wrong kind; remove the folder and prepare it again")
-    with contextlib.suppress(ValueError):
-        if meta["fingerprint"] == fingerprint(meta["splits"]):
-            return meta
-    raise UserError(f"{path}: its fingerprint is not that of its splits; remove the folder and prepare it again")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: damaged, or not of format {FORMAT} of data.prepare; remove the folder and prepare it again")
+    return meta
 
 
-def is_counts(counts, vocab_size: int) -> bool:
-    """Returns whether `counts` is what is stored as the counts of a vocabulary's ids: None, or a list of ints."""
-    if counts is None:
-        return True
-    return type(counts) is list and len(counts) == vocab_size and all(type(n) is int and 0 <= n < 2**63 for n in counts)
+def _is_sound(meta) -> bool:
+    """Returns whether the entries that others rely on fit together; raises one of several exceptions if one is missing."""
+    sizes = [meta["splits"][split][name] for split in SPLITS for name in ("tokens", "docs", "bytes")]
+    return (
+        meta["format"] == FORMAT
+        and all(type(size) is int for size in [meta["vocab_size"], *sizes])
+        and type(meta["tokenizer"]) is dict
+        and meta["fingerprint"] == fingerprint(meta["splits"])
+    )
 
 
 def fingerprint(splits: dict) -> str:
@@ -73,14 +68,11 @@ def fingerprint(splits: dict) -> str:
     return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
-def _misfit(value, shape) -> str | None:
-    """Returns the name of the first entry of nested dicts that is not of the type in its place in `shape`, or None."""
-    if not isinstance(shape, dict):
-        return None if type(value) is shape else ""
-    if not isinstance(value, dict):
-        return ""
-    for name, below in shape.items():
-        wrong = _misfit(value.get(name), below)
-        if wrong is not None:
-            return f"{name}.{wrong}" if wrong else name
-    return None
+def scan(blocks: Iterable[np.ndarray]) -> tuple[str, np.ndarray]:
+    """Returns the hash of the tokens in all blocks, and how often each id occurs in them: (MAX_VOCAB,)."""
+    digest = hashlib.blake2b(digest_size=16)
+    counts = np.zeros(MAX_VOCAB, np.int64)
+    for block in blocks:
+        digest.update(block)
+        counts += np.bincount(block, minlength=MAX_VOCAB)
+    return digest.hexdigest(), counts

@@ -1,66 +1,98 @@
-"""Where documents come from. SOURCES names every source; each is a function that returns its parts, always the same ones in
-the same order.
+"""Where documents come from. A source is a function that returns its parts, always the same ones in the same order.
+
+Its name is the command of data.prepare, its docstring the help text, and its parameters are the options, which HELP describes.
 """
 
 import functools
+import hashlib
+import math
 import os
+import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from data import corpora
-from data.documents import Document, Part, decoded
-from data.tokenizer_kinds import Chars, Tokenizer
+from data.documents import ROWS, Document, Part, decoded, json_lines, numbered, one_line_errors, open_file, plain_text, rows
+from data.tokenizer import CHOICES
+from data.tokenizer_kinds import Chars
 from errors import UserError
 
+# How a file is read, by the end of its name: by data/documents.py, or by the loader of `datasets` of that name.
+KINDS = {
+    ".jsonl": "lines", ".jsonl.gz": "lines", ".jsonl.zst": "lines", ".txt": "text", ".txt.gz": "text", ".txt.zst": "text",
+    ".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "arrow",
+}  # fmt: skip
+RED_PAJAMA_URLS = "https://data.together.xyz/redpajama-data-1T/v1.0.0/urls.txt"
+RED_PAJAMA_SAMPLES = (
+    "arxiv", "book", "c4", "cc_2019-30", "cc_2020-05", "cc_2021-04", "cc_2022-05", "cc_2023-06", "github", "stackexchange",
+    "wikipedia",
+)  # fmt: skip
+# The sources of RedPajama v1 and how many billion tokens each has, from its card; book, of 26, has been withdrawn.
+SHARES = {"common_crawl": 878, "c4": 175, "github": 59, "arxiv": 28, "wikipedia": 24, "stackexchange": 20, "book": 0}
+HELP = {  # of all options of data.prepare
+    "paths": "files, folders or URLs; for hf also one dataset of the hub, such as HuggingFaceFW/fineweb-edu",
+    "field": "key or column that holds the text",
+    "tokens": "stop after about so many tokens, such as 40e9; 0: read everything",
+    "download": "download the files before reading them, instead of streaming",
+    "name": "configuration of the dataset, such as sample-10BT",
+    "split": "split of the dataset",
+    "revision": "revision of the dataset: with one, it stays the same for ever",
+    "urls": "file or URL that lists the URLs of its files, one a line",
+    "share": "weight of one of its sources",
+    "alphabet": "number of different characters",
+    "length": "tokens in a row with its bos: the seq_len to train with",
+    "rows": "number of rows, each of which is a document",
+    "span_min": "shortest segment, in characters",
+    "span_max": "longest segment, in characters",
+    "tiled": "share of rows that are one segment, repeated",
+    "tokenizer": CHOICES,
+    "vocab_size": "number of ids of the bpe tokenizer",
+    "repeat": "share of the training tokens to insert as copies of passages shortly before them",
+    "val_fraction": "share of documents held out",
+    "seed": "of the choice of val, of repeats' rows and of --repeat's copies",
+    "processes": "number of processes that encode text",
+}
+SOURCES: dict[str, Callable[..., list[Part]]] = {}
 
-class Source(NamedTuple):
-    """
-    parts: called with those of its parameters that are options of data.prepare
-    options: of this source alone: {name: keyword arguments of ArgumentParser.add_argument}
-    tokenizer: makes the source's own tokenizer from the arguments; None if --tokenizer is to choose one
-    """
 
-    help: str
-    parts: Callable[..., list[Part]]
-    options: dict[str, dict] = {}
-    tokenizer: Callable[[dict], Tokenizer] | None = None
+def source(function):
+    """Makes the function a source of data.prepare."""
+    SOURCES[function.__name__.replace("_", "-")] = function
+    return function
 
 
-def python_stdlib() -> list[Part]:
-    """Returns the .py files of this Python's standard library, by relative path; each is one document."""
-    return _python(Path(sysconfig.get_paths()["stdlib"]), skip=("site-packages", "dist-packages", "__pycache__"))
-
-
-def python_packages() -> list[Part]:
-    """Returns the .py files of the standard library and of all packages installed beside it."""
-    return python_stdlib() + _python(Path(sysconfig.get_paths()["purelib"]), skip=("__pycache__",))
-
-
-def _python(root: Path, skip) -> list[Part]:
-    def read(path, name, state=None):
-        yield decoded(name, path.read_bytes(), path.stat().st_size)
-
-    names = {path: path.relative_to(root).as_posix() for path in _files(root, skip) if path.suffix == ".py"}
-    return [Part(name, path.stat().st_size, functools.partial(read, path, name)) for path, name in names.items()]
-
-
-def text(paths, field="text") -> list[Part]:
-    """Returns the files named, and every regular file below the folders named, hidden ones left out.
-
-    field: the key or column that holds the text of .jsonl (.gz, .zst) and .parquet files. All others are text in UTF-8,
-    .txt.gz and .txt.zst among them. Raises UserError for a path that does not exist.
-    """
+@source
+def text(paths, field="text"):
+    """Your own files and folders: UTF-8 text, .jsonl (.gz, .zst) and .parquet."""
     found = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         found += map(str, _files(path) if path.is_dir() else [path])
-    kinds = {path: corpora.file_kind(path) for path in found}
-    return [corpora.file_part(path, kind if kind in ("lines", "parquet") else "text", field) for path, kind in kinds.items()]
+    kinds = {path: _kind(path) for path in found}
+    return [file_part(path, kind if kind in ("lines", "parquet") else "text", field) for path, kind in kinds.items()]
+
+
+@source
+def python_stdlib():
+    """The .py files of this Python's standard library, each of which is one document."""
+    return _python(Path(sysconfig.get_paths()["stdlib"]), skip=("site-packages", "dist-packages", "__pycache__"))
+
+
+@source
+def python_packages():
+    """The .py files of the standard library and of all packages installed beside it."""
+    return python_stdlib() + _python(Path(sysconfig.get_paths()["purelib"]), skip=("__pycache__",))
+
+
+def _python(root: Path, skip) -> list[Part]:
+    names = {path: path.relative_to(root).as_posix() for path in _files(root, skip) if path.suffix == ".py"}
+    return [
+        Part(name, numbered(lambda path=path, name=name: [decoded(name, path.read_bytes())]), path.stat().st_size)
+        for path, name in names.items()
+    ]
 
 
 def _files(folder, skip=()) -> list[Path]:
@@ -72,11 +104,11 @@ def _files(folder, skip=()) -> list[Path]:
     return sorted(filter(Path.is_file, found), key=lambda path: path.relative_to(folder).as_posix())
 
 
-def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled=0.85, seed=0) -> list[Part]:
-    """Returns synthetic rows in which earlier spans repeat, so that a model must learn to copy to lower its loss.
+@source
+def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled=0.85, seed=0):
+    """Rows of random characters in which earlier spans repeat, so that a model must learn to copy to lower its loss.
 
-    A row is one document of length - 1 characters: with bos before it, exactly one window of seq_len=length. See repeat_row
-    for span_min, span_max and tiled.
+    A row is one document of length - 1 characters: with bos before it, exactly one window of seq_len=length.
     """
     for ok, mistake in (
         (length >= 2, f"--length={length}: a row needs bos and at least one character"),
@@ -88,13 +120,13 @@ def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled
             raise UserError(mistake)
     codes = np.array([ord(c) for c in Chars(alphabet).alphabet], dtype="<u4")
 
-    def read(state=None):
+    def read():
         rng = np.random.default_rng(seed)
         for row in range(rows):
             symbols = repeat_row(rng, length - 1, alphabet, span_min, span_max, tiled)
-            yield Document(str(row), codes[symbols].tobytes().decode("utf-32-le"), read=(row + 1) * length)
+            yield Document(str(row), codes[symbols].tobytes().decode("utf-32-le"))
 
-    return [Part("rows", rows * length, read)]
+    return [Part("rows", numbered(read), rows * length)]
 
 
 def repeat_row(rng, n, alphabet, span_min, span_max, tiled):
@@ -113,82 +145,76 @@ def repeat_row(rng, n, alphabet, span_min, span_max, tiled):
     return np.concatenate(pieces)[:n]
 
 
-def count(text: str) -> int:
-    """Parses 40e9 as well as 40000000000."""
-    number = int(float(text))
-    if number < 0:
-        raise ValueError
-    return number
+@source
+def hf(paths, name="", split="train", revision="", field="text", tokens=0, download=False):
+    """A dataset of the Hugging Face hub, or files and URLs that `datasets` reads."""
+    if len(paths) == 1 and not (_kind(paths[0]) or "://" in paths[0] or Path(paths[0]).is_file()):
+        options = {"name": name or None, "split": split, "revision": revision or None}
+        return [Part(paths[0], functools.partial(rows, paths[0], paths[0], field, download, options), quota=tokens)]
+    if name or revision:
+        raise UserError(f"{'--name' if name else '--revision'}: {paths[0]} is a file, and only datasets of the hub have one")
+    return [file_part(path, _kind(path), field, download, "", tokens) for path in paths]
 
 
-def share(text: str) -> dict[str, float]:
-    """Parses SOURCE=WEIGHT."""
-    name, _, weight = text.partition("=")
-    if name not in corpora.SHARES or not float(weight) >= 0:
-        raise ValueError
-    return {name: float(weight)}
+@source
+def fineweb_edu(field="text", tokens=0, download=False):
+    """FineWeb-Edu's sample of 10 billion tokens: 28.5 GB."""
+    return hf(["HuggingFaceFW/fineweb-edu"], "sample-10BT", field=field, tokens=tokens, download=download)
 
 
-def option(default, help: str, metavar: str = "", **keywords) -> dict:
-    """Returns the keyword arguments of add_argument for an option of the type of its default."""
-    kind = type(default)
-    return dict(type=kind, default=default, metavar=metavar or kind.__name__.upper(), help=help) | keywords
+@source
+def redpajama_sample(field="text", tokens=0, download=False):
+    """RedPajama's sample of a billion tokens: 11 files, 5.4 GB."""
+    folder = "hf://datasets/togethercomputer/RedPajama-Data-1T-Sample"
+    paths = [f"{folder}/{name}_sample.jsonl" for name in RED_PAJAMA_SAMPLES]
+    return hf(paths, field=field, tokens=tokens, download=download)
 
 
-FIELD = {"--field": option("text", "key or column that holds the text", "NAME")}
-CORPUS = FIELD | {
-    "--tokens": option(0, "stop after about N tokens, such as 40e9; 0: read everything", "N", type=count),
-    "--download": dict(action="store_true", help="download the files before reading them, instead of streaming"),
-}
-SOURCES = {
-    "text": Source(
-        "your own files and folders: UTF-8 text, .jsonl (.gz, .zst) and .parquet",
-        text,
-        {"paths": dict(nargs="+", metavar="PATH", help="file, or folder of files")} | FIELD,
-    ),
-    "python-stdlib": Source("the .py files of this Python's standard library", python_stdlib),
-    "python-packages": Source("those, and the .py files of all installed packages", python_packages),
-    "repeats": Source(
-        "rows of random characters in which earlier spans repeat",
-        repeats,
-        {
-            "--alphabet": option(64, "number of different characters"),
-            "--length": option(128, "tokens in a row with its bos: the seq_len to train with"),
-            "--rows": option(90000, "number of rows, each of which is a document"),
-            "--span_min": option(32, "shortest segment, in characters"),
-            "--span_max": option(64, "longest segment, in characters"),
-            "--tiled": option(0.85, "share of rows that are one segment, repeated"),
-        },
-        lambda args: Chars(args["alphabet"]),
-    ),
-    "hf": Source(
-        "a dataset of the Hugging Face hub, or files and URLs that `datasets` reads",
-        corpora.corpus,
-        {
-            "paths": dict(nargs="+", metavar="PATH", help="a dataset such as HuggingFaceFW/fineweb-edu, or files and URLs"),
-            "--name": option("", "configuration of the dataset, such as sample-10BT", "NAME"),
-            "--split": option("train", "split of the dataset", "NAME"),
-            "--revision": option("", "revision of the dataset: with one, it stays the same for ever", "SHA"),
-        }
-        | CORPUS,
-    ),
-    "fineweb-edu": Source(
-        "FineWeb-Edu's sample of 10 billion tokens: 28.5 GB",
-        functools.partial(corpora.corpus, ["HuggingFaceFW/fineweb-edu"], "sample-10BT"),
-        CORPUS,
-    ),
-    "redpajama-sample": Source(
-        "RedPajama's sample of a billion tokens: 11 files, 5.4 GB",
-        functools.partial(corpora.corpus, corpora.RED_PAJAMA_SAMPLE),
-        CORPUS,
-    ),
-    "redpajama": Source(
-        "RedPajama v1, each of its sources by its share of --tokens",
-        corpora.redpajama,
-        {
-            "--urls": option(corpora.RED_PAJAMA_URLS, "file or URL that lists the URLs of its files, one a line", "LIST"),
-            "--share": option([], "weight of one of its sources", "SOURCE=WEIGHT", type=share, action="append"),
-        }
-        | CORPUS,
-    ),
-}
+@source
+def redpajama(urls=RED_PAJAMA_URLS, share=(), field="text", tokens=0, download=False):
+    """RedPajama v1, each of its sources by its share of --tokens, its files in the order of a hash of their URLs."""
+    if not tokens:
+        raise UserError("--tokens=0: all of RedPajama is 2.7 TB; pass the number of tokens wanted, such as --tokens=40e9")
+    weights = dict(SHARES)
+    for change in share:
+        name, _, weight = change.partition("=")
+        if name not in SHARES or not re.fullmatch(r"\d+(\.\d*)?", weight):
+            raise UserError(f"--share={change}: expected SOURCE=WEIGHT, where SOURCE is one of {', '.join(SHARES)}")
+        weights[name] = float(weight)
+    total = sum(weights.values())
+    if not total:
+        raise UserError("--share: every source has weight 0")
+    with one_line_errors(urls), open_file(urls) as file:
+        listed = file.read().decode(errors="replace").split()
+    parts = []
+    for name in filter(weights.get, weights):
+        quota = math.ceil(tokens * weights[name] / total)
+        found = [url for url in listed if f"/{name}/" in url]
+        if not found:
+            raise UserError(f"no file of {name!r} among {len(listed)} URLs; pass --share={name}=0")
+        found.sort(key=lambda url: hashlib.blake2b(url.encode()).digest())
+        parts += [file_part(url, _kind(url), field, download, name, quota) for url in found]
+    return parts
+
+
+def file_part(path: str, kind: str | None, field: str, download=False, group="", quota=0) -> Part:
+    """Returns the part of one file or URL that is read as KINDS says."""
+    if kind is None:
+        raise UserError(f"{path}: expected one dataset of the hub, or names that end in {', '.join(KINDS)}")
+    if "://" not in path and not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    size = None if "://" in path else Path(path).stat().st_size
+    if kind == "text":
+        read = numbered(functools.partial(plain_text, path, download))
+    elif kind == "lines":
+        read = numbered(functools.partial(json_lines, path, field, download))
+    else:
+        options = {"data_files": [path], "split": "train"} | ({"batch_size": ROWS} if kind == "parquet" else {})
+        read = functools.partial(rows, path, kind, field, download, options)
+        size = None
+    return Part(path, read, size, group, quota)
+
+
+def _kind(path: str) -> str | None:
+    name = path.split("?")[0] if "://" in path else path
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)

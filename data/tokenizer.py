@@ -1,23 +1,28 @@
-"""Text <-> token ids: the tokenizer that --tokenizer names, that of a prepared folder, and that of a checkpoint.
+"""Which tokenizer a name, a prepared folder or a checkpoint means; and the training of a BPE tokenizer.
 
 A prepared folder names its tokenizer in meta.json. A checkpoint carries all of it in plain values (`Tokenizer.state`,
 `tokenizer_from_state`), so that it turns text into ids with no other file.
 """
 
 import base64
-import difflib
 import hashlib
+import heapq
+import io
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from data.meta import MAX_VOCAB, is_counts, load_meta
-from data.tokenizer_kinds import Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer, require
+from data.meta import MAX_VOCAB, load_meta
+from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer
 from errors import UserError
 
+KINDS = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, Ids)}
+FILES = {".model": SentencePiece, ".tiktoken": Tiktoken}
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base")  # of tiktoken: those that split text as GPT-2 does, and fit uint16
 CHOICES = f"bytes, bpe, a .model file of sentencepiece, a .tiktoken file of ranks, or {', '.join(ENCODINGS)}"
+SAMPLE_BYTES = 20_000_000  # of text to train a BPE on: more changes the tokenizer little and takes longer
+PIECE_CHARS = 65536  # the sample is drawn in pieces of this many characters
 
 
 def get_tokenizer(name: str) -> Tokenizer:
@@ -25,19 +30,18 @@ def get_tokenizer(name: str) -> Tokenizer:
 
     Raises UserError if there is no such tokenizer, its ids do not fit uint16, or it has no bos.
     """
+    path = Path(name)
     try:
-        kind = {".model": SentencePiece, ".tiktoken": Tiktoken}.get(Path(name).suffix)
         if name == "bytes":
             tokenizer = Bytes()
         elif name in ENCODINGS:
             tokenizer = _encoding(name)
-        elif kind is None:
-            near = difflib.get_close_matches(name, ["bytes", "bpe", *ENCODINGS], cutoff=0.4)
-            raise UserError(f"expected {CHOICES}" + (f"; did you mean {near[0]}?" if near else ""))
-        elif not Path(name).is_file():
+        elif path.suffix not in FILES:
+            raise UserError(f"expected {CHOICES}")
+        elif not path.is_file():
             raise UserError("no such file")
         else:
-            tokenizer = kind(Path(name).read_bytes())
+            tokenizer = FILES[path.suffix](path.read_bytes())
         if tokenizer.size > MAX_VOCAB:
             raise UserError(f"a vocabulary of {tokenizer.size:,} ids does not fit uint16, which holds {MAX_VOCAB:,}")
         if tokenizer.bos is None:
@@ -49,7 +53,8 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def _encoding(name: str) -> Tiktoken:
     """Returns tiktoken's encoding of that name, which tiktoken downloads on first use and keeps in its own cache."""
-    tiktoken = require("tiktoken")
+    import tiktoken
+
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as e:
@@ -63,33 +68,32 @@ def _encoding(name: str) -> Tiktoken:
 
 
 def tokenizer_from_state(state: dict) -> Tokenizer:
-    """Returns the tokenizer of Tokenizer.state(). States of before have no counts."""
-    kinds = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, Ids)}
-    kind = state.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"tokenizer kind {kind!r}: expected one of {', '.join(kinds)}")
-    values = {name: value for name, value in state.items() if name not in ("kind", "counts")}
+    """Returns the tokenizer of Tokenizer.state(). States of older checkpoints have no counts."""
+    values = dict(state)
+    kind = values.pop("kind", None)
+    counts = values.pop("counts", None)
     try:
-        tokenizer = kinds[kind](**values)
-    except (TypeError, ValueError, AttributeError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"tokenizer of kind {kind!r}: {', '.join(values) or 'nothing'} cannot be read") from None
-    counts = state.get("counts")
-    if not is_counts(counts, tokenizer.size):
-        raise UserError(f"tokenizer of kind {kind!r}: counts cannot be read")
-    tokenizer.counts = None if counts is None else np.array(counts, np.int64)
+        tokenizer = KINDS[kind](**values)
+        tokenizer.counts = None if counts is None else np.array(counts)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"tokenizer of kind {kind!r}: unknown, or its {', '.join(values) or 'state'} cannot be read") from None
+    n = tokenizer.counts
+    if n is not None and (n.dtype != np.int64 or n.shape != (tokenizer.size,) or n.min() < 0):
+        raise UserError(f"tokenizer of kind {kind!r}: its counts cannot be read")
     return tokenizer
 
 
 def tokenizer_to_meta(tokenizer: Tokenizer) -> tuple[dict, dict[str, bytes]]:
-    """Returns a tokenizer's entry in meta.json, and the files that lie beside it."""
-    state = tokenizer.state()
-    state.pop("counts", None)  # those of a new dataset are not known yet
-    if "model" not in state:
-        return state, {}
-    model = state.pop("model")
-    return state | {"file": tokenizer.file, "sha256": hashlib.sha256(model).hexdigest()}, {tokenizer.file: model}
+    """Returns a tokenizer's entries in meta.json, and the files that lie beside it."""
+    entry = tokenizer.state()
+    entry.pop("counts", None)  # those of a new dataset are not known yet
+    files = {}
+    if tokenizer.file:
+        files[tokenizer.file] = model = entry.pop("model")
+        entry |= {"file": tokenizer.file, "sha256": hashlib.sha256(model).hexdigest()}
+    return {"tokenizer": entry, "bos_id": tokenizer.bos, "eos_id": tokenizer.eos}, files
 
 
 def load_tokenizer(folder, size: int = MAX_VOCAB) -> Tokenizer:
@@ -111,3 +115,61 @@ def load_tokenizer(folder, size: int = MAX_VOCAB) -> Tokenizer:
         if found != stated:
             raise UserError(f"{path}: sha256 {found}, but meta.json states {stated}: it is not the tokenizer of these bins")
     return tokenizer_from_state(entry | {"counts": meta.get("counts")})
+
+
+def train_bpe(texts, vocab_size: int) -> bytes:
+    """Trains a sentencepiece BPE model on a sample of the texts (an iterable of str) and returns its .model bytes.
+
+    The same texts give the same bytes, in any order. unk is 0, bos 1, eos 2. Decoding gives back the text that was encoded,
+    except that U+2581 becomes a space: nothing is normalised, and a character without a piece becomes its UTF-8 bytes.
+    """
+    import sentencepiece
+
+    if not 300 <= vocab_size <= 65536:
+        raise UserError(f"--vocab_size={vocab_size}: a bpe vocabulary has 300 to 65536 ids, 259 of them bytes and specials")
+    model = io.BytesIO()
+    lines = [line for piece in _sample(texts) for line in piece.split("\n") if line]
+    if not lines:
+        raise UserError("no text to train a tokenizer on")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            # sentencepiece before 0.2.3 aborts the process on a required character that the text lacks.
+            sentence_iterator=iter([*lines, *HEX]),
+            max_sentence_length=4 * PIECE_CHARS,  # in bytes; a longer line would be left out
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # one piece for the indentation of a line of code
+            split_digits=True,
+            byte_fallback=True,
+            required_chars=HEX,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as e:  # it names the lowest or highest size that this text allows
+        reason = " ".join(str(e).split("] ")[-1].split())
+        raise UserError(f"--vocab_size={vocab_size}: {reason} Or pass --tokenizer=bytes") from None
+    return model.getvalue()
+
+
+def _sample(texts) -> list[str]:
+    """Returns the pieces with the lowest hashes, SAMPLE_BYTES in all: spread over all texts, whatever their order."""
+    heap = []
+    total = 0
+    for text in texts:
+        for start in range(0, len(text), PIECE_CHARS):
+            piece = text[start : start + PIECE_CHARS]
+            data = piece.encode()
+            hashed = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+            heapq.heappush(heap, (-hashed, len(data), piece))  # the highest hash is at the top
+            total += len(data)
+            while total > SAMPLE_BYTES:
+                total -= heapq.heappop(heap)[1]
+    return [piece for *_, piece in sorted(heap)]

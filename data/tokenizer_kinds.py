@@ -104,8 +104,7 @@ class Chars(Tokenizer):
         try:
             return [self.ids[c] for c in text]
         except KeyError as e:
-            shown = self.alphabet if len(self.alphabet) <= 64 else self.alphabet[:64] + "..."
-            raise UserError(f"character {e.args[0]!r} is not in the alphabet of {len(self.ids)}: {shown!r}") from None
+            raise UserError(f"character {e} is not in the alphabet of {len(self.ids)}: {self.alphabet[:64]!r}") from None
 
     def decode(self, ids):
         return "".join(self.alphabet[i] for i in self._text_ids(ids))
@@ -124,8 +123,10 @@ class SentencePiece(Tokenizer):
     file = "tokenizer.model"
 
     def __init__(self, model: bytes):
+        import sentencepiece
+
         self.model = model
-        self.sp = require("sentencepiece").SentencePieceProcessor()
+        self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(model)
         except RuntimeError:
@@ -155,8 +156,9 @@ class SentencePiece(Tokenizer):
         """
         if not self.lossless or "\n" in "".join(self.sp.id_to_piece(i) for i in range(self.size)):
             return None
-        scores, (*dummies, end) = (self.sp.get_score(i) for i in range(self.size)), self.sp.encode("\n")
-        return len(dummies) if self.sp.is_byte(end) and all(map(float.is_integer, scores)) else None
+        ranks = all(self.sp.get_score(i).is_integer() for i in range(self.size))
+        *dummies, end = self.sp.encode("\n")
+        return len(dummies) if ranks and self.sp.is_byte(end) else None
 
     def decode(self, ids):
         return self.sp.decode(self._text_ids(ids))
@@ -183,23 +185,23 @@ class SentencePiece(Tokenizer):
 class Tiktoken(Tokenizer):
     """GPT-2's byte-level BPE, from the bytes of a ranks file: a token in base64, a space and its rank on each line.
 
-    A ranks file does not name the pattern that splits text into words; it is GPT-2's here, as in all of ENCODINGS. bos is their
-    <|endoftext|>: the one id up to the last rank, or next to it, that is no rank (50256 in gpt2, after the last rank, and in
-    p50k_base, among them). There is no eos, as bos marks the border between two documents. Text that reads <|endoftext|> is
-    text like any other.
+    Text is split into words by GPT-2's pattern, which a ranks file does not name. bos is <|endoftext|>: the one id that is no
+    rank (50256, which in gpt2 follows the last rank, and in p50k_base lies among them). It marks the border between two
+    documents, so there is no eos. Text that reads <|endoftext|> is text like any other.
     """
 
     kind = "tiktoken"
     file = "tokenizer.tiktoken"
 
     def __init__(self, model: bytes):
-        ranks = _ranks(model)
+        import tiktoken
+
         self.model = model
+        ranks, self.bos = _ranks(model)
         self.size = len(ranks) + 1
-        (self.bos,) = set(range(self.size)).difference(ranks.values())
         self.special = frozenset({self.bos})
         # Without its special tokens, which it would otherwise look for in text.
-        self.encoding = require("tiktoken").Encoding("ranks", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding("ranks", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text):
         # 1.6 times as fast as encode_ordinary, which makes a list.
@@ -213,18 +215,17 @@ class Tiktoken(Tokenizer):
         return self.encoding.encode_single_token(c)
 
 
-def _ranks(model: bytes) -> dict[bytes, int]:
-    """Returns the tokens of a ranks file and their ids: n lines hold n of the ids 0 to n, each once, and all 256 bytes."""
+def _ranks(model: bytes) -> tuple[dict[bytes, int], int]:
+    """Returns the tokens of a ranks file with their ids, and the one id up to n that none of its n tokens has."""
     try:
         pairs = [line.split() for line in model.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         raise UserError("not a ranks file of tiktoken: expected a base64 token and its rank on each line") from None
-    if len(ranks) < len(pairs) or len(set(range(len(pairs) + 1)).difference(ranks.values())) != 1:
-        raise UserError(f"not a ranks file of tiktoken: its {len(pairs)} ranks leave gaps, or some occur twice")
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise UserError(f"not a ranks file of tiktoken: it lacks {len(missing)} of the 256 bytes, such as 0x{missing[0]:02x}")
-    return ranks
+    free = set(range(len(ranks) + 1)).difference(ranks.values())
+    if len(ranks) < len(pairs) or len(free) != 1 or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UserError("not a ranks file of tiktoken: its ranks leave gaps, some occur twice, or one of the bytes is missing")
+    return ranks, free.pop()
 
 
 def _pieces(text: str):
@@ -258,11 +259,3 @@ class Ids(Tokenizer):
 
     def _values(self):
         return {"kind": self.kind, "size": self.size}
-
-
-def require(package: str):
-    """Imports a package that only some tokenizers need."""
-    try:
-        return __import__(package)
-    except ModuleNotFoundError:
-        raise UserError(f"{package} is not installed, and this tokenizer needs it: pip install {package}") from None

@@ -1,23 +1,31 @@
-"""Writes a dataset, whole or not at all, and resumes one that was interrupted.
+"""Writes a dataset completely or not at all, and resumes one that was interrupted.
 
-An unfinished dataset lies in the folder `.partial` inside its own: the bins so far, small files to go beside them, and
-journal.json, which says how much of the bins counts. Only the Writer reads it.
+An unfinished dataset lies in the folder `.partial` inside its own: the bins so far, and journal.json, which states how much of
+them counts and where reading resumes.
 """
 
 import contextlib
-import hashlib
 import json
 import os
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import numpy as np
+import tqdm
 
-from data.meta import MAX_VOCAB, SPLITS, TOKEN, make_meta, meta_to_json
+from data.documents import Part
+from data.encode import Settings, batches, encode_all
+from data.meta import BLOCK, MAX_VOCAB, SPLITS, TOKEN, make_meta, meta_to_json, scan
+from data.tokenizer_kinds import Tokenizer
 from errors import UserError
 from files import atomic_write
 
-BLOCK = 2**24  # bytes read at a time
+SAVE_SECONDS = 10  # between two points to resume from
 
 
 class Writer:
@@ -28,28 +36,26 @@ class Writer:
     committed. Raises UserError if the unfinished dataset has another key, or another process is writing it.
     """
 
-    def __init__(self, folder, vocab_size: int | None = None, key=None):
-        if vocab_size is not None and not 1 <= vocab_size <= MAX_VOCAB:
-            raise UserError(f"vocab_size={vocab_size}: uint16 tokens hold 1 to {MAX_VOCAB}")
+    def __init__(self, folder, vocab_size: int = MAX_VOCAB, key=None):
         self.folder = Path(folder)
         self.partial = self.folder / ".partial"
+        self.journal = self.partial / "journal.json"
+        self.lock = filelock.FileLock(self.partial / "lock", timeout=0)
         self.vocab_size = vocab_size
-        self.key = key
+        self.key = json.loads(json.dumps(key))
         self.totals = {split: {"tokens": 0, "docs": 0, "bytes": 0} for split in SPLITS}
-        self.digests = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}
-        self.counts = np.zeros(MAX_VOCAB, np.int64)  # how often each id occurs in train.bin
-        self.files = {}
         self.state = None
+        self.files = {}
 
     def __enter__(self):
         self.partial.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.partial / "lock", timeout=0)
         try:
             self.lock.acquire()
         except filelock.Timeout:
             raise UserError(f"{self.folder}: another process is writing it; wait for it, or pass another --out") from None
         try:
-            self._load_journal()
+            if self.journal.exists():
+                self._read_journal()
             for split in SPLITS:
                 self._open(split)
         except BaseException:
@@ -58,25 +64,17 @@ class Writer:
         return self
 
     def __exit__(self, *_):
-        resumable = (self.partial / "journal.json").exists()
         for file in self.files.values():
             file.close()
-        for path in () if resumable else self.partial.iterdir():
-            if path.name != "lock":
-                path.unlink()
-        self.lock.release()
-        if not resumable:
-            (self.partial / "lock").unlink(missing_ok=True)
+        if not self.journal.exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
             with contextlib.suppress(OSError):  # the folder holds a dataset
-                self.partial.rmdir()
                 self.folder.rmdir()
+        self.lock.release()
 
-    def _load_journal(self):
-        try:
-            journal = json.loads((self.partial / "journal.json").read_bytes())
-        except FileNotFoundError:
-            return
-        if journal["key"] != json.loads(json.dumps(self.key)):
+    def _read_journal(self):
+        journal = json.loads(self.journal.read_bytes())
+        if journal["key"] != self.key:
             raise UserError(
                 f"{self.partial}: an unfinished dataset of other arguments, or its source has changed since; "
                 "remove that folder, or pass another --out"
@@ -85,23 +83,15 @@ class Writer:
         self.state = journal["state"]
 
     def _open(self, split):
-        """Opens the bin so far, cut to what the journal says, and computes its hash and counts."""
+        """Opens the bin so far, cut to what the journal states."""
         path = self.partial / f"{split}.bin"
         n_bytes = self.totals[split]["tokens"] * TOKEN.itemsize
-        if self.state and not path.exists():  # commit() had begun
+        if n_bytes and not path.exists():  # commit() had begun
             os.replace(self.folder / path.name, path)
-        self.files[split] = file = open(path, "r+b" if self.state else "w+b")
-        if file.seek(0, os.SEEK_END) < n_bytes:
-            raise UserError(f"{path}: shorter than its journal says; remove {self.partial} and start again")
+        self.files[split] = file = open(path, "ab")
+        if file.tell() < n_bytes:
+            raise UserError(f"{path}: shorter than its journal states; remove {self.partial} and start again")
         file.truncate(n_bytes)
-        file.seek(0)
-        while block := file.read(BLOCK):
-            self._count(split, np.frombuffer(block, TOKEN))
-
-    def _count(self, split, tokens):
-        self.digests[split].update(tokens)
-        if split == "train":
-            self.counts += np.bincount(tokens, minlength=MAX_VOCAB)
 
     def add(self, split: str, ids, docs: int = 1, n_bytes: int = 0):
         """Appends documents: ids, a list or array of ints, of `docs` documents, from n_bytes bytes of text.
@@ -112,50 +102,115 @@ class Writer:
         if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise UserError(f"{self.folder / split}.bin: token id {bad} is outside 0..{self.vocab_size - 1} (vocab_size - 1)")
-        tokens = ids.astype(TOKEN)
-        self.files[split].write(tokens)
-        self._count(split, tokens)
+        self.files[split].write(ids.astype(TOKEN))
         for name, n in (("tokens", ids.size), ("docs", docs), ("bytes", n_bytes)):
             self.totals[split][name] += n
-
-    def keep(self, name: str, data: bytes):
-        """Stores a small file beside the unfinished bins, on the disk from now on."""
-        atomic_write(self.partial / name, data)
-
-    def kept(self, name: str) -> bytes | None:
-        path = self.partial / name
-        return path.read_bytes() if path.exists() else None
 
     def save(self, state: dict):
         """Makes what was added so far permanent; `state`, plain values, is what resuming starts from."""
         self._sync()
-        self.state = state
-        journal = {"key": self.key, "totals": self.totals, "state": state}
-        atomic_write(self.partial / "journal.json", json.dumps(journal))
+        atomic_write(self.journal, json.dumps({"key": self.key, "totals": self.totals, "state": state}))
 
     def _sync(self):
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
 
-    def commit(self, details: dict, files: dict[str, bytes]) -> dict:
-        """Gives everything its final name: the bins, meta.json, and `files`, which go with them. Returns the meta.
+    def commit(self, details: dict, small_files: dict[str, bytes]) -> dict:
+        """Gives everything its final name: the bins, meta.json, and the files that go with them. Returns the meta.
 
-        Older bins are removed first, then meta.json is renamed first and val.bin last: if the process dies in between, the
-        folder says what it should hold and lacks it. Bins without a meta.json would pass for bins of another program.
+        Older bins are removed first, then meta.json is written first and val.bin renamed last: if the process dies in between,
+        the folder states what it should hold and lacks it. Bins without a meta.json would pass for bins of another program.
         """
-        splits = {split: self.totals[split] | {"blake2b": self.digests[split].hexdigest()} for split in SPLITS}
-        meta = make_meta(self.vocab_size, splits, self.counts[: self.vocab_size], details)
-        small = {"meta.json": meta_to_json(meta)} | files
-        for name, data in small.items():
-            atomic_write(self.partial / name, data)
         self._sync()
-        for file in self.files.values():
-            file.close()  # Windows does not rename open files
+        scans = {split: scan(_read(self.partial / f"{split}.bin")) for split in SPLITS}
+        splits = {split: self.totals[split] | {"blake2b": digest} for split, (digest, _) in scans.items()}
+        meta = make_meta(self.vocab_size, splits, scans["train"][1][: self.vocab_size], details)
         bins = [f"{split}.bin" for split in SPLITS]
         for name in bins:
             (self.folder / name).unlink(missing_ok=True)
-        for name in [*small, *bins]:
+        for name, data in ({"meta.json": meta_to_json(meta)} | small_files).items():
+            atomic_write(self.folder / name, data)
+        for file in self.files.values():
+            file.close()  # Windows does not rename open files
+        for name in bins:
             os.replace(self.partial / name, self.folder / name)
-        (self.partial / "journal.json").unlink(missing_ok=True)
+        self.journal.unlink(missing_ok=True)
         return meta
+
+
+def _read(path) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while len(block := np.fromfile(file, TOKEN, BLOCK)):
+            yield block
+
+
+def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, settings: Settings, processes: int) -> dict:
+    """Encodes all documents of the parts, or of each group until it has its quota of tokens, into the writer's bins.
+
+    Returns the state at the end, which is also what is saved every SAVE_SECONDS: "position", as in Batch.end; "counts" and
+    "first", as in Encoded, and in the counts the "tokens" of each group.
+    """
+    state = writer.state or {"position": (0, None), "counts": {"dropped": {"empty": 0, "undecodable": 0}}, "first": {}}
+    counts = defaultdict(Counter, {name: Counter(counter) for name, counter in state["counts"].items()})
+    state["counts"] = counts
+    quotas = {part.group: part.quota for part in parts}
+
+    def is_full(group: str) -> bool:
+        return 0 < quotas[group] <= counts["tokens"][group]
+
+    if writer.state:
+        print(f"{writer.folder}: resuming after {sum(counts['docs'].values()):,} documents", flush=True)
+    saved = time.monotonic()
+    with progress_bar(parts, counts) as bar:
+        for batch, encoded in encode_all(batches(parts, state["position"], is_full), tokenizer, settings, processes):
+            state["position"] = batch.end
+            if not is_full(batch.group):
+                for split, ids in encoded.ids.items():
+                    writer.add(split, ids, encoded.counts["docs"][split], encoded.counts["bytes"][split])
+                    counts["tokens"][batch.group] += len(ids)
+                for name, counter in encoded.counts.items():
+                    counts[name].update(counter)
+                state["first"] = encoded.first | state["first"]
+            bar.update(sum(counts[bar.counted].values()) - bar.n)
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                writer.save(state)
+                saved = time.monotonic()
+    return state
+
+
+def progress_bar(parts: list[Part], counts: dict[str, Counter]) -> tqdm.tqdm:
+    """Returns a bar that counts tokens if they end the work, else bytes of text: compressed files do not tell how many."""
+    goal = sum({part.group: part.quota for part in parts}.values())
+    counted = "tokens" if goal else "bytes"
+    if not goal and not any(part.size is None or part.name.endswith((".gz", ".zst")) for part in parts):
+        goal = sum(part.size for part in parts)
+    terminal = sys.stdout.isatty()
+    bar = tqdm.tqdm(
+        total=goal or None, initial=sum(counts[counted].values()), unit="tok" if counted == "tokens" else "B", unit_scale=True,
+        file=sys.stdout, dynamic_ncols=terminal, mininterval=0.2 if terminal else 10,
+    )  # fmt: skip
+    bar.counted = counted
+    return bar
+
+
+def report(state: dict, parts: list[Part]):
+    """Prints what was left out, what will not decode to its text, and what is missing. Raises UserError if a split is empty."""
+    counts = state["counts"]
+    for reason, n in counts["dropped"].items():
+        if n:
+            print(f"left out: {n:,} documents {reason}, the first {state['first'][reason]}")
+    for reason, n in counts["altered"].items():
+        print(f"note: {n:,} documents do not decode to their text: {reason}")
+    for group, quota in {part.group: part.quota for part in parts}.items():
+        if counts["tokens"][group] < quota:
+            print(f"note: {group or 'the source'} has {counts['tokens'][group]:,} tokens of the {quota:,} asked for")
+    total = sum(counts["docs"].values())
+    if total < 2:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items())
+        raise UserError(
+            f"found {total} documents, where train and val need one each (left out: {left_out}); name more or longer files"
+        )
+    for split in SPLITS:
+        if not counts["docs"][split]:
+            raise UserError(f"{split}.bin would be empty: none of {total} documents fell to it; pass another --val_fraction")

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.bpe import train_bpe
-from data.tokenizer import Chars, tokenizer_to_meta
+from data.tokenizer import Chars, tokenizer_to_meta, train_bpe
 from data.writer import Writer
 from tests.faults import TALLY
 
@@ -37,9 +36,8 @@ def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):
             segment = rng.integers(alphabet, size=length // 2)
             row = np.concatenate(([tokenizer.bos], segment, segment))[:length]
             writer.add("val" if i % 8 == 0 else "train", row, n_bytes=length - 1)
-        entry, files = tokenizer_to_meta(tokenizer)
-        meta = {"tokenizer": entry, "bos_id": tokenizer.bos, "eos_id": None, "source": {"arguments": {}}}
-        writer.commit(meta, files)
+        entries, files = tokenizer_to_meta(tokenizer)
+        writer.commit(entries | {"source": {"arguments": {}}}, files)
     return folder
 
 

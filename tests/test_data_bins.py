@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from config import ROOT
-from data.bins import Bin, DataChanged, fingerprint, order, window_indices
+from data.bins import Bin, fingerprint, order, window_indices
 from data.meta import load_meta
-from errors import UserError
+from errors import RunFailed, UserError
 from tests.test_data_writer import write
 
 
@@ -100,7 +100,7 @@ def test_reader_refuses_an_id_beyond_the_vocabulary_and_names_the_size_that_fits
 
 def test_unusable_files_are_named_in_one_line(tmp_path):
     path = tmp_path / "train.bin"
-    for content, message in ((None, "no such file"), (b"", "empty"), (b"123", "3 bytes")):
+    for content, message in ((None, "no such file"), (b"", "0 bytes"), (b"123", "3 bytes")):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match=message) as e:
@@ -258,7 +258,7 @@ def test_a_file_put_back_under_another_inode_is_the_same_file_and_a_changed_one_
     os.replace(tmp_path / "copy.bin", path)
     assert bin.windows([1])[0].tolist() == list(range(10, 21))
     os.utime(path, ns=(0, 0))
-    with pytest.raises(DataChanged, match="changed since this run opened it"):
+    with pytest.raises(RunFailed, match="changed since this run opened it"):
         bin.windows([1])
 
 

@@ -8,7 +8,6 @@ import torch
 import train
 from config import from_dict
 from data.bins import Bin, fingerprint
-from data.import_bins import import_bins
 from data.meta import load_meta
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
@@ -55,7 +54,7 @@ def test_others_bins_get_a_meta_json_that_says_what_they_hold(folder, capsys):
     for split in SIZES:
         bin = Bin(folder / f"{split}.bin", 10, 257)
         assert bin.windows([7])[0].tolist() == tokens[split][70:81].tolist()
-    assert "train 3,000 tokens in" in capsys.readouterr().out
+    assert "train 3,000 tokens, val 500 tokens, vocab_size 257 (bytes)" in capsys.readouterr().out
 
 
 def test_a_run_trains_on_them_with_a_meta_json_and_without(folder, settings):
@@ -66,7 +65,7 @@ def test_a_run_trains_on_them_with_a_meta_json_and_without(folder, settings):
         assert train.train(config, distributed.World(0, 1, torch.device("cpu"))) == 0
         losses.append([row["loss"] for row in metrics.read(Path(config.out_dir) / "metrics.jsonl") if "loss" in row])
         if name == "without":
-            import_bins(folder, "bytes")
+            prepare(["from-bin", str(folder), "--tokenizer=bytes"])
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
@@ -76,19 +75,19 @@ def test_the_same_tokens_have_one_fingerprint_however_they_are_cut(tmp_path):
         for i, part in enumerate(np.split(np.arange(1000) % 256, cuts)):
             headed(tmp_path / name / f"a_train_{i}.bin", part)
         plain(tmp_path / name / "val.bin", range(50))
-        import_bins(tmp_path / name)
+        prepare(["from-bin", str(tmp_path / name)])
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "many")
 
 
 def test_the_tokenizer_lies_beside_them_or_is_unknown(folder, tmp_path):
     folder, _ = folder
     (tmp_path / "gpt.tiktoken").write_bytes(ranks(TOKENS))
-    import_bins(folder, str(tmp_path / "gpt.tiktoken"))
+    prepare(["from-bin", str(folder), f"--tokenizer={tmp_path / 'gpt.tiktoken'}"])
     assert load_tokenizer(folder).kind == "tiktoken" and load_tokenizer(folder).decode([65, 66]) == "AB"
     with pytest.raises(UserError, match="has a meta.json already"):
-        import_bins(folder)
+        prepare(["from-bin", str(folder)])
     (folder / "meta.json").unlink()
-    import_bins(folder)
+    prepare(["from-bin", str(folder)])
     assert json.loads((folder / "meta.json").read_text())["tokenizer"] == {"kind": "ids", "size": 257}
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from config import ROOT
 from data import encode, sources
 from data.bins import Bin
-from data.documents import Document, Part
+from data.documents import Document, Part, numbered
 from data.meta import SPLITS, load_meta
 from data.prepare import parse, prepare, training_texts
 from data.tokenizer import Bytes, SentencePiece, Tiktoken, load_tokenizer
@@ -43,7 +43,7 @@ def documents(folder):
 
 
 def texts(parts):
-    return [document.text for part in parts for document in part.read(None)]
+    return [document.text for part in parts for document, _ in part.read(None)]
 
 
 def contents(folder):
@@ -166,10 +166,11 @@ def test_asking_again_does_nothing(tmp_path, capsys):
 
 
 def test_another_python_is_no_other_dataset(folder, tmp_path, monkeypatch):
-    small = [Document(str(i), f"text {i}") for i in range(50)]
-    monkeypatch.setitem(
-        sources.SOURCES, "python-stdlib", sources.Source("", lambda: [Part("small", 50, lambda state: iter(small))])
-    )
+    def small():
+        """Fifty short documents."""
+        return [Part("small", numbered(lambda: [Document(str(i), f"text {i}") for i in range(50)]), 50)]
+
+    monkeypatch.setitem(sources.SOURCES, "python-stdlib", small)
     argv = ["python-stdlib", "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
     out = prepare(argv)
     meta = load_meta(out)
@@ -297,11 +298,15 @@ def test_help_states_each_default():
 
 
 def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
-    def interrupted(state):
+    def interrupted():
         yield from itertools.repeat(Document("a", "text"), 100)
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(sources.SOURCES, "python-stdlib", sources.Source("", lambda: [Part("a", 0, interrupted)]))
+    def source():
+        """A source that is interrupted."""
+        return [Part("a", numbered(interrupted), 0)]
+
+    monkeypatch.setitem(sources.SOURCES, "python-stdlib", source)
     with pytest.raises(KeyboardInterrupt):
         prepare(["python-stdlib", f"--out={tmp_path / 'out'}"])
     assert not list(tmp_path.iterdir())
@@ -327,19 +332,21 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path, moment):
 
 KILLED = """
 import os, signal, sys
-from data import encode, prepare, progress
-encode.BATCH, progress.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
-save = progress.Progress.save
-def save_and_die(self):
+from data import encode, prepare, writer
+encode.BATCH, writer.SAVE_SECONDS, left = 2000, 0, int(sys.argv[1])
+save = writer.Writer.save
+def save_and_die(self, state):
     global left
-    if left % 2:  # half of the deaths come between the bins and their journal
-        save(self)
+    if not state or left % 2:  # half of the deaths come between the bins and their journal
+        save(self, state)
+    if not state:  # a tokenizer was trained
+        return
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if left % 2 == 0:
-        save(self)
-progress.Progress.save = save_and_die
+        save(self, state)
+writer.Writer.save = save_and_die
 prepare.prepare(sys.argv[2:])
 """
 
@@ -425,9 +432,9 @@ def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):
     assert sorted(found["train"] + found["val"]) == sorted([f"text {i}" for i in range(50)] * 2)
 
 
-def test_a_tokenizer_is_trained_on_the_beginning_of_a_large_source_each_group_by_its_weight(monkeypatch):
-    def part(name, group, weight):
-        return Part(name, None, lambda state: (Document("", name * 100) for _ in itertools.count()), group, weight)
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_large_source_each_group_by_its_quota(monkeypatch):
+    def part(name, group, quota):
+        return Part(name, numbered(lambda: (Document("", name * 100) for _ in itertools.count())), None, group, quota)
 
     monkeypatch.setattr("data.prepare.BPE_CHARS", 40_000)
     read = list(training_texts([part("a", "x", 1), part("b", "x", 1), part("c", "y", 3)]))
@@ -485,7 +492,7 @@ def test_whatever_the_documents_encoding_keeps_each_or_counts_it(bpe, kind, text
     ]
     kept = [text for text in texts if text]
     lost = [text for text in kept if "\u2581" in text and kind == "sentencepiece"]
-    assert sum(out.altered.values()) == len(lost) and out.dropped["empty"] == len(texts) - len(kept)
+    assert sum(out.counts["altered"].values()) == len(lost) and out.counts["dropped"]["empty"] == len(texts) - len(kept)
     assert sorted(found) == sorted(text.replace("\u2581", " ") if text in lost else text for text in kept)
 
 

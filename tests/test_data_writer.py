@@ -30,11 +30,6 @@ def test_writer_refuses_an_id_that_uint16_or_the_vocabulary_cannot_hold(tmp_path
     assert not (tmp_path / "new").exists()
 
 
-def test_writer_refuses_a_vocabulary_beyond_uint16(tmp_path):
-    with pytest.raises(UserError, match="65537"):
-        Writer(tmp_path, 65537)
-
-
 def test_meta_counts_what_was_written(tmp_path):
     with Writer(tmp_path, 300) as writer:
         writer.add("train", [256, 1, 2], n_bytes=2)
@@ -79,14 +74,14 @@ with Writer(sys.argv[1], 100) as writer:
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("renames", range(4))
+@pytest.mark.parametrize("renames", range(4))  # of meta.json, tokenizer.model and the bins
 def test_a_kill_between_the_renames_is_seen_by_the_reader(tmp_path, monkeypatch, renames, old):
     done = []
     if old:
         write(tmp_path, range(50), range(50), vocab_size=100)
 
     def replace(source, target, _replace=os.replace):
-        if source.parent == target.parent:  # within .partial
+        if target.parent.name == ".partial":
             return _replace(source, target)
         if len(done) == renames:
             raise KeyboardInterrupt
@@ -133,7 +128,7 @@ def test_a_commit_cut_short_after_a_save_is_gone_on_with(tmp_path, monkeypatch, 
     done = []
 
     def replace(source, target, _replace=os.replace):
-        if source.parent != target.parent:
+        if target.parent.name != ".partial":
             if len(done) == renames:
                 raise KeyboardInterrupt
             done.append(target)
@@ -175,13 +170,3 @@ def test_two_writers_do_not_write_one_dataset(tmp_path):
         writer.add("train", range(50))
         writer.commit({"tokenizer": {"kind": "bytes"}}, {})
     assert Bin(tmp_path / "train.bin", 49, 100).n_tokens == 50
-
-
-def test_what_is_kept_is_there_for_whoever_goes_on(tmp_path):
-    with Writer(tmp_path, 100, "k") as writer:
-        assert writer.kept("model") is None
-        writer.keep("model", b"abc")
-        assert writer.kept("model") == b"abc"
-        writer.save({})
-    with Writer(tmp_path, 100, "k") as writer:
-        assert writer.kept("model") == b"abc"
