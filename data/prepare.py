@@ -58,7 +58,7 @@ def prepare(argv: list[str]) -> Path:
         writer.vocab_size = tokenizer.size
         settings = Settings(args["val_fraction"], args["seed"], args.get("repeat", 0.0))
         state = write_documents(writer, parts, tokenizer, settings, processes)
-        report(state, parts)
+        report(writer, state, parts)
         entries, files = tokenizer_to_meta(tokenizer)
         details = entries | {
             "separator": "bos before each document",

@@ -194,7 +194,7 @@ def progress_bar(parts: list[Part], counts: dict[str, Counter]) -> tqdm.tqdm:
     return bar
 
 
-def report(state: dict, parts: list[Part]):
+def report(writer: Writer, state: dict, parts: list[Part]):
     """Prints what was left out, what will not decode to its text, and what is missing. Raises UserError if a split is empty."""
     counts = state["counts"]
     for reason, n in counts["dropped"].items():
@@ -206,6 +206,8 @@ def report(state: dict, parts: list[Part]):
         if counts["tokens"][group] < quota:
             print(f"note: {group or 'the source'} has {counts['tokens'][group]:,} tokens of the {quota:,} asked for")
     total = sum(counts["docs"].values())
+    if not all(counts["docs"][split] for split in SPLITS):
+        writer.journal.unlink(missing_ok=True)  # resuming would end here again
     if total < 2:
         left_out = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items())
         raise UserError(

@@ -209,24 +209,23 @@ def test_a_folder_left_incomplete_is_made_anew(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_a_split_without_documents_is_refused_with_a_fraction_that_works(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--tokenizer=bpe", "--vocab_size=300"]])
+def test_a_split_without_documents_is_refused_and_another_fraction_works(tmp_path, options):
     (tmp_path / "in").mkdir()
     for i in range(4):
-        (tmp_path / "in" / f"{i}.txt").write_text(f"text {i}")
-    argv = ["text", str(tmp_path / "in"), f"--out={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match="pass --val_fraction=") as e:
-        prepare([*argv, "--val_fraction=0.0001"])
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="train.bin would be empty"):
-        prepare([*argv, "--val_fraction=0.9999"])
-    out = prepare([*argv, str(e.value).split()[-1]])
-    assert load_meta(out)["splits"]["val"]["docs"] >= 1
+        (tmp_path / "in" / f"{i}.txt").write_text("".join(f"text {i} {chr(97 + j % 26)}{j**5:x}\n" for j in range(2000)))
+    argv = ["text", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", *options]
+    for split, fraction in (("val", 0.0001), ("train", 0.9999)):
+        with pytest.raises(UserError, match=f"{split}.bin would be empty: .*; pass another --val_fraction"):
+            prepare([*argv, f"--val_fraction={fraction}"])
+        assert not (tmp_path / "out").exists()
+    assert load_meta(prepare([*argv, "--val_fraction=0.5"]))["splits"]["val"]["docs"] >= 1
 
 
 def test_one_short_file_and_no_text_at_all_are_refused(tmp_path):
     (tmp_path / "one.txt").write_text("one")
     (tmp_path / "empty.txt").write_text("")
-    for name, message in (("one.txt", "one document"), ("empty.txt", "no documents; left out: 1 empty")):
+    for name, message in (("one.txt", "found 1 documents"), ("empty.txt", "found 0 documents, .*1 empty")):
         with pytest.raises(UserError, match=message):
             prepare(["text", str(tmp_path / name), f"--out={tmp_path / 'out'}"])
 
@@ -257,7 +256,9 @@ def test_a_source_takes_its_own_options_only():
     ):
         with pytest.raises(UserError, match="--help"):
             parse(argv)
-    for argv in (["python-stdlib", "--vocab_size=500"], ["repeats", "--val_fraction=0"], ["repeats", "--seed=-1"]):
+    with pytest.raises(UserError, match="argument --seed"):
+        parse(["repeats", "--seed=-1"])
+    for argv in (["python-stdlib", "--vocab_size=500"], ["repeats", "--val_fraction=0"], ["python-stdlib", "--repeat=0.7"]):
         with pytest.raises(UserError, match=argv[1]):
             parse(argv)
 

@@ -529,14 +529,14 @@ def test_memory_does_not_grow_over_5000_steps(settings):
 
 def test_the_batch_viewer_shows_what_the_run_trained_on(settings, capsys):
     assert faults.run(settings) == 0
-    seen = [bins.batch(Path(settings["out_dir"]), step, None) for step in (1, 2)]
+    seen = [bins.batch(Path(settings["out_dir"]), step) for step in (1, 2)]
     data = bins.Bin(Path(settings["data"]) / "train.bin", 31, 17)
     for step, (windows, ids, _) in enumerate(seen):
         assert windows.tolist() == bins.order(0, 0, data.n_windows)[8 * step : 8 * step + 8].tolist()
         assert np.array_equal(ids, data.windows(windows))
-    assert bins.main([settings["out_dir"], "--step=2"]) == 0
+    assert bins.show([settings["out_dir"], "--step=2"]) == 0
     text = capsys.readouterr().out
     assert f"sequence 7, window {seen[1][0][7]}" in text and " ".join(map(str, seen[1][1][7])) in text
-    for wrong in (["--step=0"], ["--step=1", "--config=none.json"]):
-        assert bins.main([settings["out_dir"], *wrong]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+    for wrong in ([settings["out_dir"], "--step=0"], [settings["data"], "--step=1"]):
+        with pytest.raises(UserError, match="expected the directory of a run"):
+            bins.show(wrong)
