@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from config import Parser, from_dict
-from data.meta import BLOCK, SPLITS, TOKEN, load_meta, make_meta, meta_to_json, scan
+from data.meta import BLOCK, SPLITS, TOKEN, load_meta, scan, write_meta
 from data.tokenizer import Ids, Tokenizer, load_tokenizer, tokenizer_to_meta
 from errors import RunFailed, UserError, run_command
-from files import atomic_write
 
 HEADER = 1024  # bytes of the header of llm.c and modded-nanogpt: 256 int32, the first three MAGIC, 1 and the number of tokens
 MAGIC = 20240520
@@ -201,17 +200,14 @@ def import_bins(folder: Path, tokenizer: Tokenizer | None, arguments: dict) -> d
         blocks = (tokens[start : start + BLOCK] for tokens in shards for start in range(0, len(tokens), BLOCK))
         digest, counts[split] = scan(blocks)
         docs = int(counts[split][tokenizer.bos]) if tokenizer else 0
-        splits[split] = {"tokens": int(counts[split].sum()), "docs": docs, "bytes": 0, "blake2b": digest}
-    highest = int(sum(counts.values()).nonzero()[0].max(initial=0))
+        splits[split] = {"tokens": sum(map(len, shards)), "docs": docs, "bytes": 0, "blake2b": digest}
+    highest = int(np.flatnonzero(counts["train"] + counts["val"]).max(initial=0))
     tokenizer = tokenizer or Ids(highest + 1)
     if highest >= tokenizer.size:
         raise UserError(f"{folder}: has token id {highest}, but {arguments['tokenizer']} has only {tokenizer.size} ids")
     details, small_files = tokenizer_to_meta(tokenizer)
     details |= {"separator": "unknown: made elsewhere", "source": {"arguments": arguments}}
-    meta = make_meta(tokenizer.size, splits, counts["train"][: tokenizer.size], details)
-    for name, data in (small_files | {"meta.json": meta_to_json(meta)}).items():
-        atomic_write(folder / name, data)
-    return meta
+    return write_meta(folder, tokenizer.size, splits, counts["train"], details, small_files)
 
 
 def batch(run: Path, step: int):
@@ -219,10 +215,7 @@ def batch(run: Path, step: int):
     path = run / "config.json"
     if not path.exists() or step < 1:
         raise UserError(f"{path} --step={step}: expected the directory of a run, which has that file, and a step from 1")
-    try:
-        c = from_dict(json.loads(path.read_bytes()))
-    except ValueError as e:
-        raise UserError(f"{path}: {e}") from None
+    c = from_dict(json.loads(path.read_bytes()))
     data = Bin(Path(c.data) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
     return windows, data.windows(windows), load_tokenizer(c.data, c.vocab_size)

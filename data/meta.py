@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from files import atomic_write
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -16,21 +17,21 @@ MAX_VOCAB = 65536  # ids that uint16 can hold
 BLOCK = 2**20  # tokens read at a time
 
 
-def make_meta(vocab_size: int, splits: dict, counts, details: dict) -> dict:
-    """Returns the contents of meta.json.
+def write_meta(folder: Path, vocab_size: int, splits: dict, counts, details: dict, files: dict[str, bytes]) -> dict:
+    """Writes meta.json, and the files of the tokenizer before it, into the folder of a dataset. Returns the meta.
 
     splits: {split: {"tokens", "docs", "bytes", "blake2b"}}
-    counts: (vocab_size,), how often each id occurs in the training tokens
+    counts: how often each id occurs in the training tokens
     details: whatever else is to be recorded, the tokenizer's entries among it
     """
     fixed = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": vocab_size, "splits": splits}
-    return fixed | details | {"fingerprint": fingerprint(splits), "counts": [int(n) for n in counts]}
-
-
-def meta_to_json(meta: dict) -> str:
-    """Returns the text of meta.json: indented, but the counts on a line of their own."""
-    text = json.dumps({name: value for name, value in meta.items() if name != "counts"}, indent=2, ensure_ascii=False)
-    return f'{text[:-2]},\n  "counts": {json.dumps(meta["counts"])}\n}}\n'
+    meta = fixed | details | {"fingerprint": fingerprint(splits)}
+    text = json.dumps(meta, indent=2, ensure_ascii=False)
+    meta["counts"] = counts[:vocab_size].tolist()
+    text = f'{text[:-2]},\n  "counts": {json.dumps(meta["counts"])}\n}}\n'  # on one line
+    for name, data in (files | {"meta.json": text}).items():
+        atomic_write(folder / name, data)
+    return meta
 
 
 def load_meta(folder) -> dict | None:

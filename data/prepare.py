@@ -99,7 +99,7 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
     out = args.pop("out")
     processes = args.pop("processes", 1)
     if args["source"] != "from-bin":
-        check(args, out, processes)
+        check(args, processes)
     return args, out, processes
 
 
@@ -129,7 +129,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check(args: dict, out: Path, processes: int):
+def check(args: dict, processes: int):
     """Refuses impossible arguments, and brings the others into the form that meta.json keeps."""
     if not 0 < args["val_fraction"] < 1:
         raise UserError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
@@ -149,9 +149,6 @@ def check(args: dict, out: Path, processes: int):
         args["tokenizer"] = str(Path(tokenizer).resolve())
     if "paths" in args:
         args["paths"] = [str(Path(path).resolve()) if Path(path).exists() else path for path in args["paths"]]
-    for path in map(Path, args.get("paths", [])):
-        if path in (out.resolve(), *out.resolve().parents):
-            raise UserError(f"--out={out}: lies in {path}, which is read as text; name a folder outside it")
 
 
 def choose_tokenizer(args: dict) -> Tokenizer | None:
@@ -160,10 +157,7 @@ def choose_tokenizer(args: dict) -> Tokenizer | None:
         return Chars(args["alphabet"])
     if args["tokenizer"] in ("bpe", ""):
         return None
-    tokenizer = get_tokenizer(args["tokenizer"])
-    if not tokenizer.lossless:
-        print(f"note: {args['tokenizer']} changes text before it encodes it, so it decodes to something else")
-    return tokenizer
+    return get_tokenizer(args["tokenizer"])
 
 
 def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:

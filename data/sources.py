@@ -88,11 +88,11 @@ def python_packages():
 
 
 def _python(root: Path, skip) -> list[Part]:
+    def read(path, name):
+        return [decoded(name, path.read_bytes())]
+
     names = {path: path.relative_to(root).as_posix() for path in _files(root, skip) if path.suffix == ".py"}
-    return [
-        Part(name, numbered(lambda path=path, name=name: [decoded(name, path.read_bytes())]), path.stat().st_size)
-        for path, name in names.items()
-    ]
+    return [Part(name, numbered(functools.partial(read, path, name)), path.stat().st_size) for path, name in names.items()]
 
 
 def _files(folder, skip=()) -> list[Path]:
@@ -110,14 +110,9 @@ def repeats(alphabet=64, length=128, rows=90000, span_min=32, span_max=64, tiled
 
     A row is one document of length - 1 characters: with bos before it, exactly one window of seq_len=length.
     """
-    for ok, mistake in (
-        (length >= 2, f"--length={length}: a row needs bos and at least one character"),
-        (rows >= 1, f"--rows={rows}: expected at least 1"),
-        (1 <= span_min <= span_max, f"--span_min={span_min} --span_max={span_max}: expected 1 <= span_min <= span_max"),
-        (0 <= tiled <= 1, f"--tiled={tiled}: a share of the rows, 0 to 1"),
-    ):
-        if not ok:
-            raise UserError(mistake)
+    if length < 2 or rows < 1 or not 1 <= span_min <= span_max or not 0 <= tiled <= 1:
+        given = f"--length={length} --rows={rows} --span_min={span_min} --span_max={span_max} --tiled={tiled}"
+        raise UserError(f"{given}: expected length >= 2, rows >= 1, 1 <= span_min <= span_max, and tiled from 0 to 1")
     codes = np.array([ord(c) for c in Chars(alphabet).alphabet], dtype="<u4")
 
     def read():
@@ -182,8 +177,6 @@ def redpajama(urls=RED_PAJAMA_URLS, share=(), field="text", tokens=0, download=F
             raise UserError(f"--share={change}: expected SOURCE=WEIGHT, where SOURCE is one of {', '.join(SHARES)}")
         weights[name] = float(weight)
     total = sum(weights.values())
-    if not total:
-        raise UserError("--share: every source has weight 0")
     with one_line_errors(urls), open_file(urls) as file:
         listed = file.read().decode(errors="replace").split()
     parts = []

@@ -20,7 +20,7 @@ import tqdm
 
 from data.documents import Part
 from data.encode import Settings, batches, encode_all
-from data.meta import BLOCK, MAX_VOCAB, SPLITS, TOKEN, make_meta, meta_to_json, scan
+from data.meta import BLOCK, MAX_VOCAB, SPLITS, TOKEN, scan, write_meta
 from data.tokenizer_kinds import Tokenizer
 from errors import UserError
 from files import atomic_write
@@ -116,21 +116,19 @@ class Writer:
             file.flush()
             os.fsync(file.fileno())
 
-    def commit(self, details: dict, small_files: dict[str, bytes]) -> dict:
-        """Gives everything its final name: the bins, meta.json, and the files that go with them. Returns the meta.
+    def commit(self, details: dict, files: dict[str, bytes]) -> dict:
+        """Writes meta.json and the files that go with it, and gives the bins their final names. Returns the meta.
 
-        Older bins are removed first, then meta.json is written first and val.bin renamed last: if the process dies in between,
-        the folder states what it should hold and lacks it. Bins without a meta.json would pass for bins of another program.
+        Older bins are removed first: if the process dies in between, the folder states what it should hold and lacks it. Bins
+        without a meta.json would pass for bins of another program.
         """
         self._sync()
         scans = {split: scan(_read(self.partial / f"{split}.bin")) for split in SPLITS}
         splits = {split: self.totals[split] | {"blake2b": digest} for split, (digest, _) in scans.items()}
-        meta = make_meta(self.vocab_size, splits, scans["train"][1][: self.vocab_size], details)
         bins = [f"{split}.bin" for split in SPLITS]
         for name in bins:
             (self.folder / name).unlink(missing_ok=True)
-        for name, data in ({"meta.json": meta_to_json(meta)} | small_files).items():
-            atomic_write(self.folder / name, data)
+        meta = write_meta(self.folder, self.vocab_size, splits, scans["train"][1], details, files)
         for file in self.files.values():
             file.close()  # Windows does not rename open files
         for name in bins:
@@ -152,9 +150,9 @@ def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, set
     "first", as in Encoded, and in the counts the "tokens" of each group.
     """
     state = writer.state or {"position": (0, None), "counts": {"dropped": {"empty": 0, "undecodable": 0}}, "first": {}}
-    counts = defaultdict(Counter, {name: Counter(counter) for name, counter in state["counts"].items()})
-    state["counts"] = counts
+    state["counts"] = counts = defaultdict(Counter, {name: Counter(counter) for name, counter in state["counts"].items()})
     quotas = {part.group: part.quota for part in parts}
+    counted = "tokens" if any(quotas.values()) else "bytes"  # by the progress bar
 
     def is_full(group: str) -> bool:
         return 0 < quotas[group] <= counts["tokens"][group]
@@ -162,7 +160,7 @@ def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, set
     if writer.state:
         print(f"{writer.folder}: resuming after {sum(counts['docs'].values()):,} documents", flush=True)
     saved = time.monotonic()
-    with progress_bar(parts, counts) as bar:
+    with progress_bar(parts, sum(quotas.values()), initial=sum(counts[counted].values())) as bar:
         for batch, encoded in encode_all(batches(parts, state["position"], is_full), tokenizer, settings, processes):
             state["position"] = batch.end
             if not is_full(batch.group):
@@ -172,26 +170,20 @@ def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, set
                 for name, counter in encoded.counts.items():
                     counts[name].update(counter)
                 state["first"] = encoded.first | state["first"]
-            bar.update(sum(counts[bar.counted].values()) - bar.n)
+            bar.update(sum(counts[counted].values()) - bar.n)
             if time.monotonic() - saved >= SAVE_SECONDS:
                 writer.save(state)
                 saved = time.monotonic()
     return state
 
 
-def progress_bar(parts: list[Part], counts: dict[str, Counter]) -> tqdm.tqdm:
-    """Returns a bar that counts tokens if they end the work, else bytes of text: compressed files do not tell how many."""
-    goal = sum({part.group: part.quota for part in parts}.values())
-    counted = "tokens" if goal else "bytes"
-    if not goal and not any(part.size is None or part.name.endswith((".gz", ".zst")) for part in parts):
-        goal = sum(part.size for part in parts)
+def progress_bar(parts: list[Part], tokens: int, initial: int) -> tqdm.tqdm:
+    """Returns a bar of the tokens wanted, or of the bytes of text: how many is not known of compressed and remote files."""
+    sizes = [None if part.name.endswith((".gz", ".zst")) else part.size for part in parts]
+    total = tokens or (None if None in sizes else sum(sizes))
     terminal = sys.stdout.isatty()
-    bar = tqdm.tqdm(
-        total=goal or None, initial=sum(counts[counted].values()), unit="tok" if counted == "tokens" else "B", unit_scale=True,
-        file=sys.stdout, dynamic_ncols=terminal, mininterval=0.2 if terminal else 10,
-    )  # fmt: skip
-    bar.counted = counted
-    return bar
+    look = {"unit_scale": True, "file": sys.stdout, "dynamic_ncols": terminal, "mininterval": 0.2 if terminal else 10}
+    return tqdm.tqdm(total=total, initial=initial, unit="tok" if tokens else "B", **look)
 
 
 def report(writer: Writer, state: dict, parts: list[Part]):
