@@ -153,7 +153,7 @@ def encode_all(
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
     batches = itertools.chain(first, batches)
-    if processes == 1 or len(first) < 2:
+    if processes <= 1 or len(first) < 2:
         for batch in batches:
             yield batch._replace(documents=[]), encode(tokenizer, batch.documents, settings)
         return

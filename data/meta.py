@@ -18,7 +18,7 @@ BLOCK = 2**20  # tokens read at a time
 
 
 def write_meta(folder: Path, vocab_size: int, splits: dict, counts, details: dict, files: dict[str, bytes]) -> dict:
-    """Writes meta.json, and the files of the tokenizer before it, into the folder of a dataset. Returns the meta.
+    """Writes meta.json, and then the files of the tokenizer, into the folder of a dataset. Returns the meta.
 
     splits: {split: {"tokens", "docs", "bytes", "blake2b"}}
     counts: how often each id occurs in the training tokens
@@ -29,7 +29,7 @@ def write_meta(folder: Path, vocab_size: int, splits: dict, counts, details: dic
     text = json.dumps(meta, indent=2, ensure_ascii=False)
     meta["counts"] = counts[:vocab_size].tolist()
     text = f'{text[:-2]},\n  "counts": {json.dumps(meta["counts"])}\n}}\n'  # on one line
-    for name, data in (files | {"meta.json": text}).items():
+    for name, data in ({"meta.json": text} | files).items():
         atomic_write(folder / name, data)
     return meta
 

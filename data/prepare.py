@@ -99,7 +99,7 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
     out = args.pop("out")
     processes = args.pop("processes", 1)
     if args["source"] != "from-bin":
-        check(args, processes)
+        check(args)
     return args, out, processes
 
 
@@ -129,7 +129,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check(args: dict, processes: int):
+def check(args: dict):
     """Refuses impossible arguments, and brings the others into the form that meta.json keeps."""
     if not 0 < args["val_fraction"] < 1:
         raise UserError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
@@ -137,8 +137,6 @@ def check(args: dict, processes: int):
         raise UserError(f"--repeat={args['repeat']}: expected a share from 0 to 0.5, such as 0.02")
     if not args.get("repeat"):
         args.pop("repeat", None)  # older datasets do not have it
-    if processes < 1:
-        raise UserError(f"--processes={processes}: expected 1 or more")
     tokenizer = args.get("tokenizer")
     size = args.pop("vocab_size", None)
     if tokenizer == "bpe":
