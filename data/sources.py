@@ -177,6 +177,8 @@ def redpajama(urls=RED_PAJAMA_URLS, share=(), field="text", tokens=0, download=F
             raise UserError(f"--share={change}: expected SOURCE=WEIGHT, where SOURCE is one of {', '.join(SHARES)}")
         weights[name] = float(weight)
     total = sum(weights.values())
+    if not total:
+        raise UserError("--share: every source has weight 0")
     with one_line_errors(urls), open_file(urls) as file:
         listed = file.read().decode(errors="replace").split()
     parts = []

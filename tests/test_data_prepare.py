@@ -271,11 +271,8 @@ def test_values_follow_an_equals_sign_or_a_space(argv):
     assert len(spaced) > len(argv) and parse(spaced) == parse(argv)
 
 
-def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(folder):
+def test_out_defaults_to_the_project():
     assert parse(["repeats"])[1] == ROOT / "data/repeats"
-    for out in (folder, folder / "bins"):
-        with pytest.raises(UserError, match="which is read as text"):
-            parse(["text", str(folder), f"--out={out}"])
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path):
