@@ -139,8 +139,10 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
     dtype = distributed.pick_dtype("auto", device)
-    model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)
+    with torch.device("meta"):
+        model = Llama(config, kernels.choose(ops, device, config.head_dim, dtype), dtype)
     checkpoint.restore(path, state, model)
+    model.to(device)
     tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.meta import MAX_VOCAB, is_counts, load_meta
+from data.tokenizer_json import TokenizerJson
 from data.tokenizer_kinds import Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer, require
 from errors import UserError
 
@@ -64,7 +65,7 @@ def _encoding(name: str) -> Tiktoken:
 
 def tokenizer_from_state(state: dict) -> Tokenizer:
     """Returns the tokenizer of Tokenizer.state(). States of before have no counts."""
-    kinds = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, Ids)}
+    kinds = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, TokenizerJson, Ids)}
     kind = state.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"tokenizer kind {kind!r}: expected one of {', '.join(kinds)}")
