@@ -113,6 +113,7 @@ class Llama(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moves the model without rounding the rotary table, as bf16 angles lose positions beyond 256, or untying lm_head."""
+        self.cos = self.sin = None
         super()._apply(fn, recurse)
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
@@ -208,11 +209,12 @@ def rotary_table(config: ModelConfig, device):
     """
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     positions = torch.arange(config.seq_len, device=device, dtype=torch.float32)
-    frequencies = config.rope_theta ** -(i / config.head_dim)
+    frequencies = 1.0 / config.rope_theta ** (i / config.head_dim)  # operation by operation as transformers rounds them
     kept = 0.0
     if config.rope_original_seq_len:
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        turns = config.rope_original_seq_len * frequencies / (2 * math.pi)
+        turns = config.rope_original_seq_len / (2 * math.pi / frequencies)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-    angles = torch.outer(positions, frequencies * (kept + (1 - kept) / config.rope_factor))  # (T, Dh/2)
+    frequencies = (1 - kept) * frequencies / config.rope_factor + kept * frequencies
+    angles = torch.outer(positions, frequencies)  # (T, Dh/2)
     return angles.cos(), angles.sin()
