@@ -93,12 +93,12 @@ class ModelConfig:
         if self.n_kv_heads == 0:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim == 0 and self.n_heads > 0:
-            _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}, or name head_dim")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         for name, value in vars(self).items():
             _check(self, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "seq_len"):
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
+        _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
         shape = f"dim={self.dim}, n_heads={self.n_heads}"
         _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings turn pairs of channels ({shape})")
         _check(self, "n_heads", self.n_heads % self.n_kv_heads == 0, f"must be a multiple of n_kv_heads={self.n_kv_heads}")

@@ -182,7 +182,8 @@ def _config_json(c: ModelConfig, tokenizer) -> dict:
     kind = "llama3" if c.rope_original_seq_len else "default" if c.rope_factor == 1 else "linear"
     rope = {"rope_type": kind} | {theirs: getattr(c, ours) for ours, theirs in ROPE[kind].items()}
     # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters.
-    fixed |= {"rope_parameters": rope | {"rope_theta": c.rope_theta}} | ({} if kind == "default" else {"rope_scaling": rope})
+    fixed |= {"rope_theta": c.rope_theta, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
+    fixed |= {} if kind == "default" else {"rope_scaling": rope}
     shape = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
     return fixed | shape | {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, OUR_TOKENIZER: plain}
 
