@@ -139,13 +139,17 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
     dtype = distributed.pick_dtype("auto", device)
+    ops = kernels.choose(ops, device, config.head_dim, dtype)
     with torch.device("meta"):
-        model = Llama(config, kernels.choose(ops, device, config.head_dim, dtype), dtype)
+        model = Llama(config, ops, dtype)
     checkpoint.restore(path, state, model)
     model.to(device)
     tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
+    if tokenizer.kind == "ids" and huggingface.is_folder(Path(path)):
+        missing = "has neither tokenizer.json nor tokenizer.model: prompts cannot be read, and hex16 is 16 random ids"
+        print(f"warning: {path} {missing}", file=sys.stderr)
     return model.eval(), tokenizer, state["step"]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import eval_copy
 from config import ROOT, Config, ModelConfig, from_dict
+from data.tokenizer import tokenizer_from_state
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
 from errors import UserError, run_command
 from hf import export
@@ -305,6 +306,91 @@ def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
     assert run_command(export.main, [str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
     assert "no tokenizer was written, because the checkpoint has none (ids): pass token ids" in capsys.readouterr().out
     assert huggingface.read(tmp_path / "out")["tokenizer"] == {"kind": "ids", "size": 50}
+
+
+# tokenizer.json of others
+
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_0|>"]
+
+
+@pytest.fixture(scope="module")
+def byte_level(corpus):
+    """A tokenizer.json like Llama 3's: byte-level BPE, and after it special tokens, the first of which is put before a text."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: tokenizer.json cannot be read")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    bos = SPECIAL[0]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 400)])
+    tokenizer.enable_truncation(5)  # as some folders have it
+    return tokenizer.to_str()
+
+
+def with_tokenizer_json(folder, text, **change):
+    """Makes `folder` one of another's Llama: nothing but config.json names the tokenizer's bos."""
+    saved(folder / "ckpt.pt", Ids(410))
+    export.export(folder / "ckpt.pt", folder / "hf")
+    config = json.loads((folder / "hf/config.json").read_text()) | {"bos_token_id": 400, "eos_token_id": [401, 402]} | change
+    del config["copyllama_tokenizer"]
+    (folder / "hf/config.json").write_text(json.dumps(config))
+    (folder / "hf/tokenizer.json").write_text(text)
+    return folder / "hf"
+
+
+def test_tokenizer_json_gives_the_text_ids_special_tokens_and_hex_digits_of_transformers(transformers, byte_level, tmp_path):
+    folder = with_tokenizer_json(tmp_path, byte_level)
+    _, tokenizer, _ = eval_copy.load(folder, device="cpu")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert (tokenizer.size, tokenizer.bos, tokenizer.eos, tokenizer.special) == (403, 400, 401, {400, 401, 402})
+    for text in [*NASTY, "<|end_of_text|> is text"]:
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode([400, *ids, 401]) == text
+    assert [tokenizer.decode([i]) for i in tokenizer.hex_ids()] == list(HEX)
+    assert eval_copy.vocabulary(tokenizer).ids.tolist() == list(range(400))
+    assert tokenizer_from_state(tokenizer.state()).state() == tokenizer.state()
+
+
+def test_a_folder_with_tokenizer_json_continues_a_prompt_and_is_scored_on_its_hex_digits(byte_level, tmp_path, capsys):
+    folder = str(with_tokenizer_json(tmp_path, byte_level))
+    assert run_command(eval_copy.main, [folder, "--prompt", "a text", "--device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("a text")
+    assert run_command(eval_copy.main, [folder, "--samples=2", "--device=cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "full (400 ids)" in out and "hex16 (16 ids)" in out and "warning" not in err
+
+
+def test_special_tokens_beyond_the_model_are_left_out_and_others_refused(byte_level, tmp_path, capsys):
+    more = json.loads(byte_level)
+    more["added_tokens"].append(more["added_tokens"][-1] | {"id": 410, "content": "[PAD]"})
+    folder = with_tokenizer_json(tmp_path, json.dumps(more))
+    assert eval_copy.load(folder, device="cpu")[1].size == 403
+    more["added_tokens"][-1]["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(more))
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    assert "its tokenizer has 411 ids, but its model knows 410" in capsys.readouterr().err
+
+
+def test_a_tokenizer_json_that_cannot_be_read_is_refused_in_one_line(byte_level, tmp_path, capsys, monkeypatch):
+    folder = with_tokenizer_json(tmp_path, '{"model": 3}')
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    damaged, missing = capsys.readouterr().err.strip().splitlines()
+    assert "not a tokenizer.json that" in damaged and "pip install tokenizers" in missing
+
+
+def test_a_folder_without_a_tokenizer_says_so_in_one_line(tmp_path, capsys):
+    folder = with_tokenizer_json(tmp_path, "")
+    (folder / "tokenizer.json").unlink()
+    assert run_command(eval_copy.main, [str(folder), "--samples=2", "--device=cpu"]) == 0
+    assert f"warning: {folder} has neither tokenizer.json nor tokenizer.model: " in capsys.readouterr().err
+    assert run_command(eval_copy.main, [str(folder), "--prompt=x", "--device=cpu"]) == 2
 
 
 # Mistakes
