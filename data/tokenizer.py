@@ -7,6 +7,7 @@ A prepared folder names its tokenizer in meta.json. A checkpoint carries all of 
 import base64
 import difflib
 import hashlib
+import json
 import textwrap
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from data.tokenizer_kinds import Bytes, Chars, Ids, SentencePiece, Tiktoken, Tok
 from errors import UserError
 
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base")  # of tiktoken: those that split text as GPT-2 does, and fit uint16
-CHOICES = f"bytes, bpe, a .model file of sentencepiece, a .tiktoken file of ranks, or {', '.join(ENCODINGS)}"
+CHOICES = "bytes, bpe, a .model file of sentencepiece, a tokenizer.json of Hugging Face, a .tiktoken file of ranks, or "
+CHOICES += ", ".join(ENCODINGS)
 
 
 def get_tokenizer(name: str) -> Tokenizer:
@@ -27,7 +29,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     Raises UserError if there is no such tokenizer, its ids do not fit uint16, or it has no bos.
     """
     try:
-        kind = {".model": SentencePiece, ".tiktoken": Tiktoken}.get(Path(name).suffix)
+        kind = {".model": SentencePiece, ".tiktoken": Tiktoken, ".json": TokenizerJson}.get(Path(name).suffix)
         if name == "bytes":
             tokenizer = Bytes()
         elif name in ENCODINGS:
@@ -38,7 +40,8 @@ def get_tokenizer(name: str) -> Tokenizer:
         elif not Path(name).is_file():
             raise UserError("no such file")
         else:
-            tokenizer = kind(Path(name).read_bytes())
+            named = _config_beside(Path(name)) if kind is TokenizerJson else {}
+            tokenizer = kind(Path(name).read_bytes(), **named)
         if tokenizer.size > MAX_VOCAB:
             raise UserError(f"a vocabulary of {tokenizer.size:,} ids does not fit uint16, which holds {MAX_VOCAB:,}")
         if tokenizer.bos is None:
@@ -46,6 +49,15 @@ def get_tokenizer(name: str) -> Tokenizer:
     except UserError as e:
         raise UserError(f"--tokenizer={name}: {e}") from None
     return tokenizer
+
+
+def _config_beside(path: Path) -> dict:
+    """Returns what config.json beside a tokenizer.json says of its ids."""
+    try:
+        values = json.loads((path.parent / "config.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError("there is no config.json beside it, which names its bos") from None
+    return TokenizerJson.named_in(values if isinstance(values, dict) else {})
 
 
 def _encoding(name: str) -> Tiktoken:

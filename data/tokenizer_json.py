@@ -1,5 +1,7 @@
 """The tokenizer of a tokenizer.json, run by Hugging Face's library `tokenizers`."""
 
+import json
+
 from data.tokenizer_kinds import Tokenizer, require
 from errors import UserError
 
@@ -7,7 +9,7 @@ from errors import UserError
 class TokenizerJson(Tokenizer):
     """Any tokenizer of `tokenizers`, from the bytes of its tokenizer.json.
 
-    bos, eos: that file does not name them; config.json beside it does
+    bos, eos: that file does not name them; config.json beside it does (`named_in`)
     vocab_size: number of ids of the model; special tokens beyond it, added for other models, are left out
     """
 
@@ -32,6 +34,17 @@ class TokenizerJson(Tokenizer):
         text = set(self.tokenizer.get_vocab().values()) - special
         self.size = 1 + max(text | {i for i in special if i < vocab_size})
         self.special = frozenset(range(self.size)) - text
+
+    @staticmethod
+    def named_in(values: dict) -> dict:
+        """Returns bos, eos and vocab_size as config.json names them. Raises UserError for ids that the model lacks."""
+        bos, eos = values.get("bos_token_id", 1), values.get("eos_token_id", 2)  # the defaults of LlamaConfig
+        eos = eos[0] if isinstance(eos, list) and eos else eos  # any of several ends a text
+        size = values.get("vocab_size")
+        if type(size) is not int or any(i is not None and (type(i) is not int or not 0 <= i < size) for i in (bos, eos)):
+            ids = f"bos_token_id={json.dumps(bos)}, eos_token_id={json.dumps(eos)}"
+            raise UserError(f"{ids}: expected ids below vocab_size={json.dumps(size)}")
+        return {"bos": bos, "eos": eos, "vocab_size": size}
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from config import ModelConfig, from_checkpoint, from_dict
+from data.tokenizer_json import TokenizerJson
 from errors import UserError
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
@@ -190,12 +191,10 @@ def _config_json(c: ModelConfig, tokenizer) -> dict:
 
 def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
     """Returns the tokenizer's state: the exported checkpoint's, else that of tokenizer.model or tokenizer.json, else ids."""
-    bos, eos = values.get("bos_token_id", 1), values.get("eos_token_id", 2)  # the defaults of LlamaConfig
-    eos = eos[0] if isinstance(eos, list) and eos else eos  # any of several ends a text
-    if any(i is not None and (type(i) is not int or not 0 <= i < config.vocab_size) for i in (bos, eos)):
-        ids = f"bos_token_id={json.dumps(bos)}, eos_token_id={json.dumps(eos)}"
-        raise UserError(f"{folder / 'config.json'}: {ids}: expected ids below vocab_size={config.vocab_size}")
-    theirs = {"kind": "tokenizers", "bos": bos, "eos": eos, "vocab_size": config.vocab_size}
+    try:
+        theirs = {"kind": "tokenizers"} | TokenizerJson.named_in(values)
+    except UserError as e:
+        raise UserError(f"{folder / 'config.json'}: {e}") from None
     ours = values.get(OUR_TOKENIZER)
     for state in [{"kind": "sentencepiece"}, theirs] if ours is None else [ours]:
         if not isinstance(state, dict) or not isinstance(state.get("kind"), str):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 import eval_copy
 from config import ROOT, Config, ModelConfig, from_dict
-from data.tokenizer import tokenizer_from_state
+from data import prepare
+from data.tokenizer import get_tokenizer, load_tokenizer, tokenizer_from_state
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
 from errors import UserError, run_command
 from hf import export
@@ -24,6 +26,7 @@ from kernels import eager
 from model import Llama, rotary_table
 from runtime import checkpoint
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks
+from tests.test_train import run
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: Hugging Face folders need it")
 
@@ -331,11 +334,11 @@ def byte_level(corpus):
     return tokenizer.to_str()
 
 
-def with_tokenizer_json(folder, text, **change):
+def with_tokenizer_json(folder, text, size=410):
     """Makes `folder` one of another's Llama: nothing but config.json names the tokenizer's bos."""
-    saved(folder / "ckpt.pt", Ids(410))
+    saved(folder / "ckpt.pt", Ids(size))
     export.export(folder / "ckpt.pt", folder / "hf")
-    config = json.loads((folder / "hf/config.json").read_text()) | {"bos_token_id": 400, "eos_token_id": [401, 402]} | change
+    config = json.loads((folder / "hf/config.json").read_text()) | {"bos_token_id": 400, "eos_token_id": [401, 402]}
     del config["copyllama_tokenizer"]
     (folder / "hf/config.json").write_text(json.dumps(config))
     (folder / "hf/tokenizer.json").write_text(text)
@@ -360,20 +363,20 @@ def test_a_folder_with_tokenizer_json_continues_a_prompt_and_is_scored_on_its_he
     folder = str(with_tokenizer_json(tmp_path, byte_level))
     assert run_command(eval_copy.main, [folder, "--prompt", "a text", "--device=cpu"]) == 0
     assert capsys.readouterr().out.startswith("a text")
-    assert run_command(eval_copy.main, [folder, "--samples=2", "--device=cpu"]) == 0
+    assert run_command(eval_copy.main, [folder, "--samples=20", "--device=cpu"]) == 0
     out, err = capsys.readouterr()
-    assert "full (400 ids)" in out and "hex16 (16 ids)" in out and "warning" not in err
+    assert "hex16 (16 ids)" in out and "warning" not in err
 
 
 def test_special_tokens_beyond_the_model_are_left_out_and_others_refused(byte_level, tmp_path, capsys):
     more = json.loads(byte_level)
-    more["added_tokens"].append(more["added_tokens"][-1] | {"id": 410, "content": "[PAD]"})
-    folder = with_tokenizer_json(tmp_path, json.dumps(more))
+    more["added_tokens"].append(more["added_tokens"][-1] | {"id": 403, "content": "[PAD]"})
+    folder = with_tokenizer_json(tmp_path, json.dumps(more), size=403)
     assert eval_copy.load(folder, device="cpu")[1].size == 403
     more["added_tokens"][-1]["special"] = False
     (folder / "tokenizer.json").write_text(json.dumps(more))
     assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
-    assert "its tokenizer has 411 ids, but its model knows 410" in capsys.readouterr().err
+    assert "its tokenizer has 404 ids, but its model knows 403" in capsys.readouterr().err
 
 
 def test_a_tokenizer_json_that_cannot_be_read_is_refused_in_one_line(byte_level, tmp_path, capsys, monkeypatch):
@@ -391,6 +394,24 @@ def test_a_folder_without_a_tokenizer_says_so_in_one_line(tmp_path, capsys):
     assert run_command(eval_copy.main, [str(folder), "--samples=2", "--device=cpu"]) == 0
     assert f"warning: {folder} has neither tokenizer.json nor tokenizer.model: " in capsys.readouterr().err
     assert run_command(eval_copy.main, [str(folder), "--prompt=x", "--device=cpu"]) == 2
+
+
+def test_its_text_is_prepared_and_its_llama_trains_on_it_and_is_exported_with_it(byte_level, tmp_path, capsys):
+    folder, data = with_tokenizer_json(tmp_path, byte_level), tmp_path / "data"
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / f"text/{i}.txt").write_text(f"some text to train on, number {i}\n" * 20)
+    source = f"--tokenizer={folder}/tokenizer.json"
+    assert run_command(prepare.main, ["text", str(tmp_path / "text"), source, f"--out={data}", "--val_fraction=0.3"]) == 0
+    assert load_tokenizer(data).decode(np.fromfile(data / "val.bin", np.uint16)).startswith("some text to train on, number")
+    settings = SHAPE | dict(data=str(data), out_dir=str(tmp_path / "more"), init_from=str(folder), vocab_size=410)
+    run(settings | dict(batch_size=2, max_steps=1, eval_interval=0, copy_eval_interval=0, device="cpu", compile="off"))
+    assert "starting from the weights of" in (out := capsys.readouterr().out) and "warning" not in out
+    export.export(tmp_path / "more", tmp_path / "exported")
+    assert (tmp_path / "exported/tokenizer.json").read_text() == byte_level
+    assert '"bos_token": "<|begin_of_text|>"' in (tmp_path / "exported/tokenizer_config.json").read_text()
+    theirs = get_tokenizer(str(folder / "tokenizer.json"))
+    assert eval_copy.load(tmp_path / "exported", device="cpu")[1].state() == theirs.state()
 
 
 # Mistakes
