@@ -152,7 +152,7 @@ def _fields(values: dict) -> dict:
     if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
         raise UserError(f"architectures={values['architectures']}: expected LlamaForCausalLM")
     for name, value in COMPUTED.items():
-        if values.get(name, value) != value:
+        if values.get(name) not in (None, value):
             raise UserError(f"{name}={json.dumps(values[name])}: expected {json.dumps(value)}; nothing else is computed")
     found = DEFAULTS | {ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None}
     if lacking := [theirs for ours, theirs in FIELDS.items() if ours not in found]:

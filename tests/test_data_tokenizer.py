@@ -290,7 +290,7 @@ def test_a_name_that_gives_none_is_refused_with_the_remedy(tmp_path, model, monk
     refused(tmp_path / "b.model", "has no bos")
     refused("gpt-2", "expected bytes, bpe, a .model file .* did you mean gpt2?")
     refused("bytse", "did you mean bytes?")
-    refused("tokenizer.json", "a .tiktoken file of ranks")
+    refused("tokenizer.txt", "a .tiktoken file of ranks")
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     refused("gpt2", "tiktoken is not installed, and this tokenizer needs it: pip install tiktoken")
 
