@@ -99,14 +99,14 @@ class ModelConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "seq_len"):
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
-        shape = f"dim={self.dim}, n_heads={self.n_heads}"
-        _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings turn pairs of channels ({shape})")
+        shape = f"(dim={self.dim}, n_heads={self.n_heads})"
+        _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings turn pairs of channels {shape}")
         _check(self, "n_heads", self.n_heads % self.n_kv_heads == 0, f"must be a multiple of n_kv_heads={self.n_kv_heads}")
         for name in ("rope_theta", "rope_factor", "rope_low_freq_factor", "norm_eps"):
             _check(self, name, getattr(self, name) > 0, "must be above 0")
         _check(self, "rope_original_seq_len", self.rope_original_seq_len >= 0, "must be at least 0")
-        low = self.rope_low_freq_factor
-        _check(self, "rope_high_freq_factor", self.rope_high_freq_factor > low, f"must be above rope_low_freq_factor={low}")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        _check(self, "rope_low_freq_factor", low < high, f"must be below rope_high_freq_factor={high}")
         _check(self, "attn_dropout", 0 <= self.attn_dropout <= 255 / 256, "must lie in 0..255/256")
 
     @property
@@ -255,9 +255,7 @@ def _frames(e: BaseException) -> list:
 
 
 def from_dict(values: dict, kind=Config):
-    """Returns a checked Config, or ModelConfig as `kind`. Raises UserError for a wrong type and for an unknown name, with the
-    nearest known one.
-    """
+    """Returns a checked `kind`. Raises UserError for an unknown name, with the nearest known one, and for a wrong type."""
     values = dict(values)
     for name, value in values.items():
         expected = _type(name)

@@ -145,9 +145,9 @@ def random_llama(transformers, folder, shard="1GB", dtype=torch.float32, **shape
         ("SmolLM2-135M", 3, 1000, 512),
         ("TinyLlama", 1, 1000, 128),
         ("odd", 5, 128256, 32),  # more ids than uint16 holds
-        pytest.param("Llama-3.2-1B", 3, 128256, 2048, marks=pytest.mark.soak),
-        pytest.param("SmolLM2-135M", 30, 49152, 2048, marks=pytest.mark.soak),
-        pytest.param("TinyLlama", 4, 32000, 2048, marks=pytest.mark.soak),
+        pytest.param("Llama-3.2-1B", 3, 128256, 512, marks=pytest.mark.soak),
+        pytest.param("SmolLM2-135M", 30, 49152, 512, marks=pytest.mark.soak),
+        pytest.param("TinyLlama", 4, 32000, 512, marks=pytest.mark.soak),
     ],
 )
 @torch.no_grad()
