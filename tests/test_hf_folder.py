@@ -397,6 +397,7 @@ def test_a_folder_without_a_tokenizer_says_so_in_one_line(tmp_path, capsys):
     assert run_command(eval_copy.main, [str(folder), "--samples=2", "--device=cpu"]) == 0
     assert f"warning: {folder} has neither tokenizer.json nor tokenizer.model: " in capsys.readouterr().err
     assert run_command(eval_copy.main, [str(folder), "--prompt=x", "--device=cpu"]) == 2
+    assert "without a tokenizer (" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
 
 
 def test_its_text_is_prepared_and_its_llama_trains_on_it_and_is_exported_with_it(byte_level, tmp_path, capsys):
