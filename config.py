@@ -177,9 +177,10 @@ class Config(ModelConfig):
             _check(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
 
     def model(self) -> ModelConfig:
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+        return ModelConfig(**{name: getattr(self, name) for name in SHAPE})
 
 
+SHAPE = {f.name for f in dataclasses.fields(ModelConfig)}
 TYPES = typing.get_type_hints(Config)  # setting -> int, float, bool, str, or a Literal of its choices
 
 
@@ -231,7 +232,7 @@ def load(argv: list[str]) -> Config:
 def changed(then: dict, now: Config) -> dict[str, tuple]:
     """Returns the settings in which a checkpoint's config differs from `now`: name -> (value then, value now)."""
     with contextlib.suppress(UserError):  # what is missing or of the wrong type differs anyway
-        then = then | dataclasses.asdict(from_checkpoint(then))
+        then = then | dataclasses.asdict(from_checkpoint({name: then[name] for name in SHAPE & then.keys()}))
     return {name: (then.get(name), value) for name, value in dataclasses.asdict(now).items() if then.get(name) != value}
 
 
@@ -272,10 +273,11 @@ def from_dict(values: dict, kind=Config):
 
 def from_checkpoint(values: dict) -> ModelConfig:
     """Returns the shape of a checkpoint's model, from its config, which must name all of it: a default could be another's."""
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
-    if missing := sorted(names - ADDED - values.keys()):
+    for name in values:
+        _type(name)  # raises for an unknown one, which may change what the model computes
+    if missing := sorted(SHAPE - ADDED - values.keys()):
         raise UserError(f"{missing[0]}: missing from its settings")
-    return from_dict({name: values[name] for name in names & values.keys()}, ModelConfig)
+    return from_dict({name: values[name] for name in SHAPE & values.keys()}, ModelConfig)
 
 
 def parse(name: str, text: str):
