@@ -29,6 +29,11 @@ MAY_CHANGE = {
     "kernels", "micro_batch_size",
     "init_from",  # only a new run reads it; runtime.resume refuses another source than the one that the run started from
 }  # fmt: skip
+# The settings of the model's shape that older checkpoints lack. The defaults are what they were made with.
+ADDED = {
+    "head_dim", "rope_factor", "rope_original_seq_len", "rope_low_freq_factor", "rope_high_freq_factor", "attention_bias",
+    "mlp_bias",
+}  # fmt: skip
 # Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
 MAY_CHANGE_ON_REQUEST = {
     "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
@@ -67,39 +72,48 @@ class ModelConfig:
 
     dim: int = setting(768, "width of the residual stream (D)")
     n_layers: int = setting(12, "number of transformer blocks")
-    n_heads: int = setting(12, "query heads per block (H); the head dim is dim / n_heads")
+    n_heads: int = setting(12, "query heads per block (H)")
     n_kv_heads: int = setting(0, "key and value heads per block (Hkv); 0: as many as n_heads")
+    head_dim: int = setting(0, "channels per head (Dh); 0: dim / n_heads")
     hidden_dim: int = setting(3072, "width of the feed-forward layer (F)")
-    vocab_size: int = setting(32000, "number of token ids (V), at most 65536")
+    vocab_size: int = setting(32000, "number of token ids (V); bins hold at most 65536")
     seq_len: int = setting(1024, "context length in tokens (T)")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
+    rope_factor: float = setting(1.0, "divisor of the rotary frequencies: linear scaling, or that of Llama 3.1")
+    rope_original_seq_len: int = setting(0, "context before Llama 3.1's scaling, which keeps high frequencies; 0: linear")
+    rope_low_freq_factor: float = setting(1.0, "turns in that context up to which a frequency is divided")
+    rope_high_freq_factor: float = setting(4.0, "turns in that context from which a frequency is kept")
     norm_eps: float = setting(1e-6, "epsilon inside RMSNorm")
     tie_embeddings: bool = setting(False, "use the embedding matrix as the output head too")
+    attention_bias: bool = setting(False, "biases in the projections of attention")
+    mlp_bias: bool = setting(False, "biases in the projections of the feed-forward layer")
     attn_dropout: float = setting(0.0, "share of attention probabilities dropped in training, rounded to 1/256")
 
     def __post_init__(self):
         if self.n_kv_heads == 0:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.head_dim == 0 and self.n_heads > 0:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         for name, value in vars(self).items():
             _check(self, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "seq_len"):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "seq_len"):
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
-        _check(self, "dim", self.head_dim % 2 == 0, "must give an even head dim: rotary embeddings turn pairs of channels")
+        shape = f"(dim={self.dim}, n_heads={self.n_heads})"
+        _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings turn pairs of channels {shape}")
         _check(self, "n_heads", self.n_heads % self.n_kv_heads == 0, f"must be a multiple of n_kv_heads={self.n_kv_heads}")
-        _check(self, "vocab_size", self.vocab_size <= 65536, "must fit uint16 tokens: at most 65536")
-        _check(self, "rope_theta", self.rope_theta > 0, "must be above 0")
-        _check(self, "norm_eps", self.norm_eps > 0, "must be above 0")
+        for name in ("rope_theta", "rope_factor", "rope_low_freq_factor", "norm_eps"):
+            _check(self, name, getattr(self, name) > 0, "must be above 0")
+        _check(self, "rope_original_seq_len", self.rope_original_seq_len >= 0, "must be at least 0")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        _check(self, "rope_low_freq_factor", low < high, f"must be below rope_high_freq_factor={high}")
         _check(self, "attn_dropout", 0 <= self.attn_dropout <= 255 / 256, "must lie in 0..255/256")
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
     def n_parameters(self) -> int:
-        attention = self.dim * (self.n_heads + 2 * self.n_kv_heads) * self.head_dim + self.dim**2
-        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        qkv, attention = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, self.n_heads * self.head_dim
+        block = self.dim * (qkv + attention + 3 * self.hidden_dim + 2)
+        block += self.attention_bias * (qkv + self.dim) + self.mlp_bias * (2 * self.hidden_dim + self.dim)
         return self.n_layers * block + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
 
@@ -150,6 +164,7 @@ class Config(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check(self, "vocab_size", self.vocab_size <= 65536, "must fit uint16 tokens: at most 65536")
         for name in (
             "batch_size", "micro_batch_size", "eval_batches", "log_interval", "ckpt_interval", "ckpt_keep", "milestone_interval"
         ):  # fmt: skip
@@ -162,9 +177,10 @@ class Config(ModelConfig):
             _check(self, name, 0 <= getattr(self, name) < 1, "must be at least 0 and below 1")
 
     def model(self) -> ModelConfig:
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)})
+        return ModelConfig(**{name: getattr(self, name) for name in SHAPE})
 
 
+SHAPE = {f.name for f in dataclasses.fields(ModelConfig)}
 TYPES = typing.get_type_hints(Config)  # setting -> int, float, bool, str, or a Literal of its choices
 
 
@@ -215,6 +231,8 @@ def load(argv: list[str]) -> Config:
 
 def changed(then: dict, now: Config) -> dict[str, tuple]:
     """Returns the settings in which a checkpoint's config differs from `now`: name -> (value then, value now)."""
+    with contextlib.suppress(UserError):  # what is missing or of the wrong type differs anyway
+        then = then | dataclasses.asdict(from_checkpoint({name: then[name] for name in SHAPE & then.keys()}))
     return {name: (then.get(name), value) for name, value in dataclasses.asdict(now).items() if then.get(name) != value}
 
 
@@ -237,28 +255,29 @@ def _frames(e: BaseException) -> list:
     return [e] if isinstance(e, SyntaxError) else list(traceback.extract_tb(e.__traceback__))
 
 
-def from_dict(values: dict) -> Config:
-    """Returns a checked Config. Raises UserError for an unknown name, with the nearest known one, and for a wrong type."""
+def from_dict(values: dict, kind=Config):
+    """Returns a checked `kind`. Raises UserError for an unknown name, with the nearest known one, and for a wrong type."""
     values = dict(values)
     for name, value in values.items():
-        kind = _type(name)
+        expected = _type(name)
         if type(value) is int and abs(value) >= 2**31:
             raise UserError(f"{name}: must be below 2^31")
-        if kind is float and type(value) is int:
+        if expected is float and type(value) is int:
             values[name] = float(value)
-        elif typing.get_origin(kind) is Literal:
-            _one_of(name, value, typing.get_args(kind))
-        elif type(value) is not kind:
-            raise UserError(f"{name}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
-    return Config(**values)
+        elif typing.get_origin(expected) is Literal:
+            _one_of(name, value, typing.get_args(expected))
+        elif type(value) is not expected:
+            raise UserError(f"{name}={value!r}: expected {expected.__name__}, got {type(value).__name__}")
+    return kind(**values)
 
 
-def from_checkpoint(values: dict) -> Config:
-    """from_dict for the config of a checkpoint, which must name the whole shape of its model: a default could be another's."""
-    for shape in dataclasses.fields(ModelConfig):
-        if shape.name not in values:
-            raise UserError(f"{shape.name}: missing from its settings")
-    return from_dict(values)
+def from_checkpoint(values: dict) -> ModelConfig:
+    """Returns the shape of a checkpoint's model, from its config, which must name all of it: a default could be another's."""
+    for name in values:
+        _type(name)  # raises for an unknown one, which may change what the model computes
+    if missing := sorted(SHAPE - ADDED - values.keys()):
+        raise UserError(f"{missing[0]}: missing from its settings")
+    return from_dict({name: values[name] for name in SHAPE & values.keys()}, ModelConfig)
 
 
 def parse(name: str, text: str):

@@ -139,8 +139,11 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
         raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
     dtype = distributed.pick_dtype("auto", device)
-    model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)
+    ops = kernels.choose(ops, device, config.head_dim, dtype)
+    with torch.device("meta"):
+        model = Llama(config, ops, dtype)
     checkpoint.restore(path, state, model)
+    model.to(device)
     tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
@@ -156,6 +159,9 @@ def context_length(model: Llama, asked: int) -> int:
 def evaluate(path, args: argparse.Namespace) -> dict:
     """All scores of one checkpoint, by the options of the command."""
     model, tokenizer, step = load(path, args.device, args.kernels)
+    if tokenizer.kind == "ids" and huggingface.is_folder(Path(path)):
+        missing = "has neither tokenizer.json nor tokenizer.model: it has no bos, and hex16 is 16 random ids"
+        print(f"warning: {path} {missing}", file=sys.stderr)
     seq_len = context_length(model, args.context)
     n = sum(p.numel() for p in model.parameters())
     result = {"path": str(path), "step": step, "parameters": n, "seq_len": model.config.seq_len}

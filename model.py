@@ -1,9 +1,11 @@
 """The Llama in one file: RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU.
 
-The model is handed its ops (kernels.eager or another op set), so nothing here depends on a device. Parameters are fp32;
-activations have the dtype asked for, and each weight is cast where it is used.
+The model is handed its ops (kernels.eager or another op set), so nothing here depends on a device. Parameters are fp32, or
+have the dtype of the file that they come from; activations have the dtype asked for, and each weight is cast where it is used.
 B, T, H, Dh, D, F, V: batch, time, heads, head dim, model dim, feed-forward dim, vocabulary.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +15,13 @@ from config import ModelConfig
 
 
 class Linear(nn.Linear):
-    """A projection without bias: fp32 weight, cast to the dtype of the activations."""
+    """A projection whose weight, and bias if it has one, are cast to the dtype of the activations."""
 
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -29,8 +31,8 @@ class Attention(nn.Module):
         self.dropout = config.attn_dropout
         self.head_dim = config.head_dim
         self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]  # of q, k and v
-        self.wqkv = Linear(config.dim, sum(self.heads) * config.head_dim)
-        self.wo = Linear(config.dim, config.dim)
+        self.wqkv = Linear(config.dim, sum(self.heads) * config.head_dim, config.attention_bias)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim, config.attention_bias)
 
     def qkv(self, x, rope):
         """x (B, T, D) -> q (B, T, H, Dh), k and v (B, T, Hkv, Dh), with q and k rotated to their positions."""
@@ -52,8 +54,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.ops = ops
-        self.gate_up = Linear(config.dim, 2 * config.hidden_dim)
-        self.down = Linear(config.hidden_dim, config.dim)
+        self.gate_up = Linear(config.dim, 2 * config.hidden_dim, config.mlp_bias)
+        self.down = Linear(config.hidden_dim, config.dim, config.mlp_bias)
 
     def forward(self, x):
         return self.down(self.ops.swiglu(self.gate_up(x)))
@@ -98,19 +100,23 @@ class Llama(nn.Module):
         embed, wqkv, gate_up, lm_head   normal, std 0.02
         wo, down                        normal, std 0.02 / sqrt(2 n_layers): the 2 n_layers matrices that write to the residual
         norm weights                    1
+        biases                          0
         cos, sin                        the rotary table, fp32 whatever the dtype
         """
         for name, p in self.named_parameters():
             residual = name.endswith(("wo.weight", "down.weight"))
             if p.dim() == 1:
-                p.fill_(1.0)
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 p.normal_(0.0, 0.02 * ((2 * self.config.n_layers) ** -0.5 if residual else 1.0))
         self.cos, self.sin = rotary_table(self.config, self.embed.weight.device)
 
     def _apply(self, fn, recurse=True):
-        """Moves the model without rounding the rotary table: bf16 angles lose positions beyond 256."""
+        """Moves the model without rounding the rotary table, as bf16 angles lose positions beyond 256, or untying lm_head."""
+        self.cos = self.sin = None
         super()._apply(fn, recurse)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
         self.cos, self.sin = rotary_table(self.config, self.embed.weight.device)
         return self
 
@@ -157,8 +163,9 @@ class Llama(nn.Module):
 
         Ends early when a batch of one draws `stop`, and when the context (seq_len) is full.
         """
-        cache = KVCache(self, len(tokens))
-        for _ in range(min(n, self.config.seq_len - tokens.shape[1])):
+        n = min(n, self.config.seq_len - tokens.shape[1])
+        cache = KVCache(self, len(tokens), tokens.shape[1] + n)
+        for _ in range(n):
             logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
             if temperature:
                 tokens = torch.multinomial((logits / temperature).softmax(-1), 1)  # (B, 1)
@@ -196,8 +203,18 @@ class LayerCache:
 
 
 def rotary_table(config: ModelConfig, device):
-    """cos and sin (T, Dh/2) of position * theta^(-2i/Dh), fp32. Su et al. 2021."""
+    """cos and sin (T, Dh/2) of position * theta^(-2i/Dh) / rope_factor, fp32. Su et al. 2021.
+
+    Llama 3.1 divides fully up to low turns within the original context, not at all from high ones, and in between by degrees.
+    """
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     positions = torch.arange(config.seq_len, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, config.rope_theta ** -(i / config.head_dim))  # (T, Dh/2)
+    frequencies = 1.0 / config.rope_theta ** (i / config.head_dim)  # operation by operation as transformers rounds them
+    kept = 0.0
+    if config.rope_original_seq_len:
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = config.rope_original_seq_len / (2 * math.pi / frequencies)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    frequencies = (1 - kept) * frequencies / config.rope_factor + kept * frequencies
+    angles = torch.outer(positions, frequencies)  # (T, Dh/2)
     return angles.cos(), angles.sin()

@@ -8,19 +8,22 @@ import base64
 import hashlib
 import heapq
 import io
+import json
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from data.meta import MAX_VOCAB, load_meta
+from data.tokenizer_json import TokenizerJson
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer
 from errors import UserError
 
-KINDS = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, Ids)}
-FILES = {".model": SentencePiece, ".tiktoken": Tiktoken}
+KINDS = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, TokenizerJson, Ids)}
+FILES = {".model": SentencePiece, ".tiktoken": Tiktoken, ".json": TokenizerJson}
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base")  # of tiktoken: those that split text as GPT-2 does, and fit uint16
-CHOICES = f"bytes, bpe, a .model file of sentencepiece, a .tiktoken file of ranks, or {', '.join(ENCODINGS)}"
+CHOICES = "bytes, bpe, a .model file of sentencepiece, a tokenizer.json of Hugging Face, a .tiktoken file of ranks, or "
+CHOICES += ", ".join(ENCODINGS)
 SAMPLE_BYTES = 20_000_000  # of text to train a BPE on: more changes the tokenizer little and takes longer
 PIECE_CHARS = 65536  # the sample is drawn in pieces of this many characters
 
@@ -41,7 +44,8 @@ def get_tokenizer(name: str) -> Tokenizer:
         elif not path.is_file():
             raise UserError("no such file")
         else:
-            tokenizer = FILES[path.suffix](path.read_bytes())
+            named = _config_beside(path) if path.suffix == ".json" else {}
+            tokenizer = FILES[path.suffix](path.read_bytes(), **named)
         if tokenizer.size > MAX_VOCAB:
             raise UserError(f"a vocabulary of {tokenizer.size:,} ids does not fit uint16, which holds {MAX_VOCAB:,}")
         if tokenizer.bos is None:
@@ -49,6 +53,15 @@ def get_tokenizer(name: str) -> Tokenizer:
     except UserError as e:
         raise UserError(f"--tokenizer={name}: {e}") from None
     return tokenizer
+
+
+def _config_beside(path: Path) -> dict:
+    """Returns what config.json beside a tokenizer.json says of its ids."""
+    try:
+        values = json.loads((path.parent / "config.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError("there is no config.json beside it, which names its bos") from None
+    return TokenizerJson.named_in(values if isinstance(values, dict) else {})
 
 
 def _encoding(name: str) -> Tiktoken:

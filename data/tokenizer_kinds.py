@@ -241,7 +241,8 @@ class Ids(Tokenizer):
         self.size = size
 
     def encode(self, text):
-        raise UserError("this data has no tokenizer (no meta.json beside its bins), so text cannot be turned into ids")
+        missing = "no meta.json beside the bins, no tokenizer.json or tokenizer.model in the folder of a Llama"
+        raise UserError(f"text cannot be turned into ids without a tokenizer ({missing})")
 
     def decode(self, ids):
         return " ".join(str(int(i)) for i in ids)

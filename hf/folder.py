@@ -1,4 +1,5 @@
-"""Llama folders as Hugging Face's transformers writes and reads them: config.json and safetensors, in one file or in shards.
+"""Llama folders as Hugging Face's transformers writes and reads them: config.json, safetensors in one file or in shards, and
+tokenizer.json or tokenizer.model.
 
 Both sides lay out a head's channels in halves for the rotary embedding (kernels.eager.rotary), so weights are copied as they
 are; q, k and v are one matrix here and three there, as are gate and up.
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from config import ModelConfig, from_dict
+from config import ModelConfig, from_checkpoint, from_dict
+from data.tokenizer_json import TokenizerJson
 from errors import UserError
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
@@ -21,17 +23,24 @@ from runtime import checkpoint
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 FIELDS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size", "vocab_size": "vocab_size",
-    "seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings", "attn_dropout": "attention_dropout",
+    "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size", "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias",
+    "attn_dropout": "attention_dropout",
 }  # fmt: skip
-# What config.json may leave out, with the defaults of transformers' LlamaConfig. n_kv_heads 0 means n_heads.
-DEFAULTS = dict(n_kv_heads=0, seq_len=2048, rope_theta=10000.0, norm_eps=1e-6, tie_embeddings=False, attn_dropout=0.0)
+# What config.json may leave out, with the defaults of transformers' LlamaConfig. n_kv_heads 0 means n_heads, head_dim likewise.
+DEFAULTS = dict(n_kv_heads=0, head_dim=0, seq_len=2048, norm_eps=1e-6, tie_embeddings=False, attn_dropout=0.0)
+DEFAULTS |= dict(attention_bias=False, mlp_bias=False)
 # The only values that model.py computes.
-COMPUTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
-ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+COMPUTED = {"hidden_act": "silu", "quantization_config": None, "sliding_window": None, "partial_rotary_factor": 1.0}
+# The parameters of each type of rotary positions, beside rope_theta.
+LLAMA3 = {
+    "rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_seq_len": "original_max_position_embeddings",
+}  # fmt: skip
+ROPE = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": LLAMA3}
 OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the state of data.tokenizer without its file
-TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.tiktoken"}
+TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json", "tiktoken": "tokenizer.tiktoken"}
 
 
 def load(path) -> dict:
@@ -49,14 +58,14 @@ def is_folder(path: Path) -> bool:
 def read(folder) -> dict:
     """Reads a folder's Llama; returns the entries of a checkpoint.
 
-    `model` is in fp32 under our names, `config` has the fields of ModelConfig, `step` is 0, and `tokenizer` is that of
-    tokenizer.model or of the checkpoint that was exported here; its kind is ids if there is neither. Raises UserError if
-    something is damaged or missing, or if it is not a Llama that model.py computes.
+    `model` has our names and the dtypes of the files, `config` has the fields of ModelConfig, `step` is 0, and `tokenizer` is
+    that of the checkpoint that was exported here, of tokenizer.model or of tokenizer.json; its kind is ids if there is none.
+    Raises UserError if something is damaged or missing, or if it is not a Llama that model.py computes.
     """
     folder = Path(folder)
     values = _json(folder / "config.json")
     try:
-        config = from_dict(_fields(values)).model()
+        config = from_dict(_fields(values), ModelConfig)
     except UserError as e:
         raise UserError(f"{folder / 'config.json'}: {e}") from None
     tokenizer = _tokenizer(folder, values, config)
@@ -72,7 +81,7 @@ def write(folder, state: dict, tokenizer) -> bool:
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name a new or an empty folder")
-    config = ModelConfig(**{f.name: state["config"][f.name] for f in dataclasses.fields(ModelConfig)})
+    config = from_checkpoint(state["config"])
     weights = _their_weights(state["model"], config)
     tokenizer_files = hf_tokenizer.files(tokenizer)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -104,21 +113,23 @@ def _their_weights(model: dict, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 def tensor_names(c: ModelConfig) -> dict[str, dict[str, tuple]]:
     """Returns for each of our tensors the names and shapes of theirs whose rows, concatenated, make it up."""
-    d, kv = c.dim, c.n_kv_heads * c.head_dim
-    names = {"embed.weight": {"model.embed_tokens.weight": (c.vocab_size, d)}}
+    q, kv, d, f = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.dim, c.hidden_dim
+    qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    projections = {  # ours: ({theirs: rows}, columns, whether there is a bias)
+        "attention.wqkv": (qkv, d, c.attention_bias),
+        "attention.wo": ({"self_attn.o_proj": d}, q, c.attention_bias),
+        "mlp.gate_up": ({"mlp.gate_proj": f, "mlp.up_proj": f}, d, c.mlp_bias),
+        "mlp.down": ({"mlp.down_proj": d}, f, c.mlp_bias),
+    }
+    layer = {"attention_norm": {"input_layernorm.weight": (d,)}, "mlp_norm": {"post_attention_layernorm.weight": (d,)}}
+    for ours, (theirs, columns, bias) in projections.items():
+        layer[f"{ours}.weight"] = {f"{name}.weight": (rows, columns) for name, rows in theirs.items()}
+        if bias:
+            layer[f"{ours}.bias"] = {f"{name}.bias": (rows,) for name, rows in theirs.items()}
+    names = {"embed.weight": {"model.embed_tokens.weight": (c.vocab_size, d)}, "norm": {"model.norm.weight": (d,)}}
     for i in range(c.n_layers):
-        qkv = {f"self_attn.{n}_proj.weight": (rows, d) for n, rows in zip("qkv", (d, kv, kv), strict=True)}
-        layer = {
-            "attention_norm": {"input_layernorm.weight": (d,)},
-            "attention.wqkv.weight": qkv,
-            "attention.wo.weight": {"self_attn.o_proj.weight": (d, d)},
-            "mlp_norm": {"post_attention_layernorm.weight": (d,)},
-            "mlp.gate_up.weight": {"mlp.gate_proj.weight": (c.hidden_dim, d), "mlp.up_proj.weight": (c.hidden_dim, d)},
-            "mlp.down.weight": {"mlp.down_proj.weight": (d, c.hidden_dim)},
-        }
         for ours, theirs in layer.items():
             names[f"blocks.{i}.{ours}"] = {f"model.layers.{i}.{name}": shape for name, shape in theirs.items()}
-    names["norm"] = {"model.norm.weight": (d,)}
     return names if c.tie_embeddings else names | {"lm_head.weight": {"lm_head.weight": (c.vocab_size, d)}}
 
 
@@ -140,49 +151,67 @@ def _fields(values: dict) -> dict:
         raise UserError(f"model_type={values.get('model_type')}: expected llama; no other is read")
     if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
         raise UserError(f"architectures={values['architectures']}: expected LlamaForCausalLM")
-    for rope in (values.get("rope_scaling"), values.get("rope_parameters")):
-        if rope is None:
-            continue
-        known = isinstance(rope, dict) and not rope.keys() - ROPE - {"rope_theta"}
-        if not known or any(rope.get(name, value) != value for name, value in ROPE.items()):
-            raise UserError(f"rotary positions {json.dumps(rope)}: only the unscaled kind, rope_type default, is computed")
-        values = values | {name: value for name, value in rope.items() if name == "rope_theta"}
     for name, value in COMPUTED.items():
-        if values.get(name, value) != value:
+        if values.get(name) not in (None, value):
             raise UserError(f"{name}={json.dumps(values[name])}: expected {json.dumps(value)}; nothing else is computed")
-    found = {ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None}
-    if lacking := [theirs for ours, theirs in FIELDS.items() if ours not in found | DEFAULTS]:
+    found = DEFAULTS | {ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None}
+    if lacking := [theirs for ours, theirs in FIELDS.items() if ours not in found]:
         raise UserError(f"it has no {', '.join(lacking)}")
-    head_dim = from_dict(DEFAULTS | found).head_dim
-    if values.get("head_dim") not in (None, head_dim):
-        raise UserError(f"head_dim={values['head_dim']}: expected hidden_size / num_attention_heads, {head_dim}")
-    return DEFAULTS | found
+    return found | _rope(values, found["seq_len"])
+
+
+def _rope(values: dict, seq_len: int) -> dict:
+    """Returns the settings of rotary positions: rope_scaling in config.json, since transformers 5 rope_parameters."""
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    refused = UserError(f"rotary positions {json.dumps(rope)}: expected {', '.join(ROPE)} as rope_type, with its parameters")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3.values()}
+    if not isinstance(rope, dict) or rope.keys() - known or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise refused
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in list(ROPE):
+        raise refused
+    given = {"original_max_position_embeddings": seq_len} | rope
+    found = {ours: given.get(theirs) for ours, theirs in ROPE[kind].items()}
+    if None in found.values():
+        raise refused
+    return found | {"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0}
 
 
 def _config_json(c: ModelConfig, tokenizer) -> dict:
     plain = {name: value for name, value in tokenizer.state().items() if not isinstance(value, bytes) and name != "counts"}
-    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "head_dim": c.head_dim}
-    fixed |= {name: value for name, value in COMPUTED.items() if value is not None}
-    # transformers 4 reads rope_theta, transformers 5 rope_parameters.
-    fixed["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "hidden_act": "silu"}
+    kind = "llama3" if c.rope_original_seq_len else "default" if c.rope_factor == 1 else "linear"
+    rope = {"rope_type": kind} | {theirs: getattr(c, ours) for ours, theirs in ROPE[kind].items()}
+    # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters.
+    fixed |= {"rope_theta": c.rope_theta, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
+    fixed |= {} if kind == "default" else {"rope_scaling": rope}
     shape = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()}
     return fixed | shape | {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, OUR_TOKENIZER: plain}
 
 
 def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
-    state = values.get(OUR_TOKENIZER, {"kind": "sentencepiece"})
-    if not isinstance(state, dict) or not isinstance(state.get("kind"), str):
-        raise UserError(f"{folder / 'config.json'}: {OUR_TOKENIZER}={json.dumps(state)} names no tokenizer")
-    file = TOKENIZER_FILES.get(state["kind"])
-    if file is None:
-        return state
-    if (folder / file).is_file():
-        return state | {"model": (folder / file).read_bytes()}
-    return {"kind": "ids", "size": config.vocab_size}  # transformers saved a model without a tokenizer
+    """Returns the tokenizer's state: the exported checkpoint's, else that of tokenizer.model or tokenizer.json, else ids."""
+    try:
+        theirs = {"kind": "tokenizers"} | TokenizerJson.named_in(values)
+    except UserError as e:
+        raise UserError(f"{folder / 'config.json'}: {e}") from None
+    ours = values.get(OUR_TOKENIZER)
+    for state in [{"kind": "sentencepiece"}, theirs] if ours is None else [ours]:
+        if not isinstance(state, dict) or not isinstance(state.get("kind"), str):
+            raise UserError(f"{folder / 'config.json'}: {OUR_TOKENIZER}={json.dumps(state)} names no tokenizer")
+        file = TOKENIZER_FILES.get(state["kind"])
+        if file is None:
+            return state
+        if (folder / file).is_file():
+            return state | {"model": (folder / file).read_bytes()}
+    return {"kind": "ids", "size": config.vocab_size}
 
 
 def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Reads the weights in fp32 under our names, after all names, shapes and dtypes have been checked."""
+    """Reads the weights under our names, after all names, shapes and dtypes have been checked.
+
+    The tensors of a file are mapped, not read; only those that are part of a larger one here are copied.
+    """
     safetensors = _safetensors()
     wanted = tensor_names(config)
     shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
@@ -209,7 +238,10 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         derived |= {"lm_head.weight"} if config.tie_embeddings else set()
         if unknown := sorted(found.keys() - shapes.keys() - derived):
             raise UserError(f"{found[unknown[0]][0]}: tensor {unknown[0]} has no place in this Llama")
-        ours = {n: torch.cat([found[t][1].get_tensor(t).float() for t in theirs]) for n, theirs in wanted.items()}
+        ours = {}
+        for name, theirs in wanted.items():
+            parts = [found[part][1].get_tensor(part) for part in theirs]
+            ours[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return ours | ({"lm_head.weight": ours["embed.weight"]} if config.tie_embeddings else {})
 
 

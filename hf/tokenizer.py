@@ -13,6 +13,9 @@ import json
 
 def files(tokenizer) -> dict[str, str] | None:
     """Returns the texts of tokenizer.json and tokenizer_config.json, or None if the tokenizer cannot be converted."""
+    if tokenizer.kind == "tokenizers":
+        tokens = {i: token for token, i in tokenizer.tokenizer.get_vocab().items()}
+        return {"tokenizer.json": tokenizer.model.decode()} | _config(tokenizer, tokens)
     convert = {"bytes": _bytes, "chars": _chars, "sentencepiece": _sentencepiece, "tiktoken": _tiktoken}.get(tokenizer.kind)
     converted = convert(tokenizer) if convert else None
     if converted is None or len(converted["model"]["vocab"]) != tokenizer.size:
@@ -22,12 +25,14 @@ def files(tokenizer) -> dict[str, str] | None:
     whole = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None} | converted
     whole["added_tokens"] = [{"id": i, "content": tokens[i]} | literal for i in sorted(tokenizer.special)]
     whole["post_processor"] = None if tokenizer.bos is None else _bos_first(tokens[tokenizer.bos], tokenizer.bos)
+    unknown = converted["model"].get("unk_token")
+    return {"tokenizer.json": json.dumps(whole, ensure_ascii=False)} | _config(tokenizer, tokens, unknown)
+
+
+def _config(tokenizer, tokens: dict[int, str], unknown: str | None = None) -> dict[str, str]:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, "clean_up_tokenization_spaces": False}
-    named = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
-    config |= {name: tokens[i] for name, i in named.items() if i is not None}
-    if converted["model"].get("unk_token"):
-        config["unk_token"] = converted["model"]["unk_token"]
-    return {"tokenizer.json": json.dumps(whole, ensure_ascii=False), "tokenizer_config.json": json.dumps(config, indent=2)}
+    named = {"bos_token": tokens.get(tokenizer.bos), "eos_token": tokens.get(tokenizer.eos), "unk_token": unknown}
+    return {"tokenizer_config.json": json.dumps(config | {name: t for name, t in named.items() if t}, indent=2)}
 
 
 def _bos_first(token: str, i: int) -> dict:

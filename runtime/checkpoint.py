@@ -57,10 +57,11 @@ def load(path, device="cpu") -> dict:
 def restore(path, state: dict, model, optimizer=None):
     """Copies a checkpoint's weights into the model and its moments into the optimizer, whose settings stay its own.
 
-    Raises UserError if they do not fit.
+    A model on the meta device takes the tensors themselves, in their dtype, so that they are in memory once. Raises UserError
+    if they do not fit.
     """
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], assign=next(model.parameters()).is_meta)
         if optimizer and state["step"]:  # before the first update there are no moments
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
             for group in optimizer.param_groups:

@@ -32,13 +32,13 @@ def peak_flops(card: str) -> float | None:
 
 
 def flops_per_token(c: ModelConfig) -> float:
-    """Returns the FLOPs of forward and backward per token: 6 per parameter of a matrix product, and 6 T D a layer of attention.
+    """Returns the FLOPs of forward and backward per token: 6 per parameter of a matrix product, and 6 T H Dh a layer.
 
     The embedding is a look-up and counts nothing; of attention the causal half counts.
     """
-    attention = c.dim * (2 * c.dim + 2 * c.n_kv_heads * c.head_dim)
+    attention = 2 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim
     matrices = c.n_layers * (attention + 3 * c.dim * c.hidden_dim) + c.vocab_size * c.dim
-    return 6 * matrices + 6 * c.n_layers * c.seq_len * c.dim
+    return 6 * matrices + 6 * c.n_layers * c.seq_len * c.n_heads * c.head_dim
 
 
 class Metrics:

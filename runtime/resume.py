@@ -74,10 +74,11 @@ def start_from(path, state: dict, config: Config, model, tokenizer, world):
     norm_eps does. Warns of a tokenizer that is not the data's: the same ids then mean other text.
     """
     try:
-        theirs = settings.from_checkpoint(state["config"]).model()
+        theirs = dataclasses.asdict(settings.from_checkpoint(state["config"]))
+        values = {name: value for name, value in theirs.items() if name not in AS_IT_IS}
+        dataclasses.replace(config, **values)  # raises for what no run can train, such as ids beyond uint16
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    values = {name: value for name, value in dataclasses.asdict(theirs).items() if name not in AS_IT_IS}
     if other := {name: value for name, value in values.items() if value != getattr(config, name)}:
         mine = ", ".join(f"{name}={getattr(config, name)}" for name in other)
         wanted = " ".join(f"--{name}={str(value).lower()}" for name, value in other.items())

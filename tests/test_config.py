@@ -61,7 +61,7 @@ def test_the_parameters_counted_are_those_of_the_model():
     from kernels import eager
     from model import Llama
 
-    for argv in (["--n_kv_heads=2"], ["--tie_embeddings=true"]):
+    for argv in (["--n_kv_heads=2"], ["--tie_embeddings=true", "--head_dim=6"], ["--attention_bias=true", "--mlp_bias=true"]):
         c = load([*argv, "--dim=32", "--n_heads=4", "--n_layers=3", "--hidden_dim=40", "--vocab_size=50"])
         assert c.n_parameters == sum(p.numel() for p in Llama(c.model(), eager).parameters())
     assert Config().n_parameters == 162_417_408
@@ -87,6 +87,8 @@ def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(
         (["--n_kv_heads=5"], ["n_heads=12", "n_kv_heads=5"]),
         (["--dim=36", "--n_heads=12"], ["dim=36", "even"]),
         (["--vocab_size=70000"], ["vocab_size=70000", "65536"]),
+        (["--rope_factor=0"], ["rope_factor=0.0", "above 0"]),
+        (["--rope_low_freq_factor=4"], ["rope_low_freq_factor=4.0", "below rope_high_freq_factor=4.0"]),
         (["--dtype=fp16"], ["dtype=fp16", "fp32, bf16"]),
         (["--max_steps=99999999999"], ["max_steps", "2^31"]),
         (["--batch_size=0"], ["batch_size=0", "at least 1"]),

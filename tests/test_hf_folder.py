@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -14,15 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_copy
-from config import ROOT, Config, ModelConfig
+from config import ROOT, Config, ModelConfig, from_dict
+from data import prepare
+from data.tokenizer import get_tokenizer, load_tokenizer, tokenizer_from_state
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
 from errors import UserError, run_command
 from hf import export
 from hf import folder as huggingface
 from kernels import eager
-from model import Llama
+from model import Llama, rotary_table
 from runtime import checkpoint
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks
+from tests.test_train import run
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: Hugging Face folders need it")
 
@@ -31,8 +35,30 @@ SHAPES = {
     "grouped": SHAPE,
     "tied": SHAPE | {"tie_embeddings": True, "n_kv_heads": 1},
     "multi-head": SHAPE | {"n_kv_heads": 4, "rope_theta": 1e4},
+    # One frequency of 8 is kept, one interpolated, and 6 are divided.
+    "llama3": SHAPE | {"head_dim": 16, "rope_factor": 8.0, "rope_original_seq_len": 40, "attention_bias": True},
+    "odd": dict(dim=48, n_layers=5, n_heads=6, n_kv_heads=2, head_dim=40, hidden_dim=50, seq_len=64, tie_embeddings=True,
+                rope_factor=2.5, mlp_bias=True),
+}  # fmt: skip
+ROPE_PARAMETERS = {
+    "llama3": dict(rope_type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=40),
+    "odd": dict(rope_type="linear", factor=2.5),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# Of published models, without most of their layers, tokens and positions. "odd": nothing is a power of two, all is scaled.
+LLAMA32 = dict(rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA32 |= dict(original_max_position_embeddings=8192)
+PUBLISHED = {
+    "Llama-3.2-1B": dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=8, head_dim=64, intermediate_size=8192,
+                         tie_word_embeddings=True, rope_parameters=LLAMA32, max_position_embeddings=131072),
+    "SmolLM2-135M": dict(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+                         tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5),
+                         max_position_embeddings=8192),
+    "TinyLlama": dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, intermediate_size=5632),
+    "odd": dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=40, intermediate_size=200,
+                tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
+                rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.5)),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +110,66 @@ def test_transformers_gives_the_logits_of_what_is_exported(transformers, tmp_pat
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, **CLOSE)
 
 
-@each_shape
-@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize(("shape", "shard"), [*zip(SHAPES, ["1GB"] * len(SHAPES), strict=True), ("odd", "20KB")])
 @torch.no_grad()
 def test_what_transformers_saves_is_read_to_the_same_logits(transformers, tmp_path, shape, shard):
-    torch.manual_seed(0)
-    c = ModelConfig(**shape | {"vocab_size": 257})
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    names = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items() if ours != "rope_theta"}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**names, rope_parameters=rope, initializer_range=0.1))
-    theirs.eval().save_pretrained(tmp_path / "hf", max_shard_size=shard)
+    c = ModelConfig(**SHAPES[shape] | {"vocab_size": 257})
+    names = {theirs: getattr(c, ours) for ours, theirs in huggingface.FIELDS.items()}
+    rope = ROPE_PARAMETERS.get(shape, {"rope_type": "default"}) | {"rope_theta": c.rope_theta}
+    theirs = random_llama(transformers, tmp_path / "hf", shard, **names, rope_parameters=rope)
     assert (tmp_path / "hf" / huggingface.INDEX).exists() == (shard == "20KB")
     model, tokenizer, step = eval_copy.load(tmp_path / "hf", device="cpu")
     assert (model.config, tokenizer.kind, tokenizer.size, step) == (c, "ids", 257, 0)
+    assert (model.lm_head.weight is model.embed.weight) == c.tie_embeddings
     torch.testing.assert_close(model(some_tokens()), theirs(some_tokens()).logits, **CLOSE)
+
+
+def random_llama(transformers, folder, shard="1GB", dtype=torch.float32, **shape):
+    """A folder of random weights, norms and biases included, as transformers writes it; returns its model in fp32."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, initializer_range=0.1)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 10 if p.dim() == 1 else 0)
+            p.data = p.data.to(dtype)  # of the parameters alone: model.to(bf16) rounds the rotary frequencies
+    model.save_pretrained(folder, max_shard_size=shard)
+    for p in model.parameters():
+        p.data = p.data.float()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "vocab", "T"),
+    [
+        ("Llama-3.2-1B", 1, 1000, 512),
+        ("SmolLM2-135M", 3, 1000, 512),
+        ("TinyLlama", 1, 1000, 128),
+        ("odd", 5, 128256, 32),  # more ids than uint16 holds
+        pytest.param("Llama-3.2-1B", 3, 128256, 512, marks=pytest.mark.soak),
+        pytest.param("SmolLM2-135M", 30, 49152, 512, marks=pytest.mark.soak),
+        pytest.param("TinyLlama", 4, 32000, 512, marks=pytest.mark.soak),
+    ],
+)
+@torch.no_grad()
+def test_logits_of_published_shapes_are_those_of_transformers(transformers, tmp_path, name, layers, vocab, T):
+    shape = PUBLISHED[name] | dict(num_hidden_layers=layers, vocab_size=vocab, rms_norm_eps=1e-5)
+    theirs = random_llama(transformers, tmp_path, dtype=torch.bfloat16, **shape)
+    model, _, _ = eval_copy.load(tmp_path, device="cpu")
+    tokens = torch.randint(vocab, (1, T), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits
+    # Both round sums of up to 8,192 products to 24 bits, in different orders: about 1e-6 of the largest, however deep.
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_rotary_table_is_that_of_transformers_bit_for_bit(transformers, name):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(**{"max_position_embeddings": 2048} | PUBLISHED[name])
+    c = from_dict(huggingface._fields(json.loads(config.to_json_string()) | {"vocab_size": 9}), ModelConfig)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(()), torch.arange(2048)[None])
+    ours = rotary_table(dataclasses.replace(c, seq_len=2048), "cpu")
+    assert torch.equal(ours[0], cos[0, :, : c.head_dim // 2]) and torch.equal(ours[1], sin[0, :, : c.head_dim // 2])
 
 
 @each_shape
@@ -115,12 +187,15 @@ def test_an_exported_checkpoint_comes_back_bit_for_bit(tmp_path, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_become_fp32(folder, dtype):
+@torch.no_grad()
+def test_half_precision_weights_keep_their_dtype_in_memory(folder, dtype):
     tensors = safetensors.load_file(folder / "model.safetensors")
     safetensors.save_file({name: w.to(dtype) for name, w in tensors.items()}, folder / "model.safetensors")
-    state = huggingface.read(folder)["model"]
-    assert all(w.dtype == torch.float32 for w in state.values())
-    assert torch.equal(state["embed.weight"], tensors["model.embed_tokens.weight"].to(dtype).float())
+    state, (model, _, _) = huggingface.read(folder)["model"], eval_copy.load(folder, device="cpu")
+    assert all(w.dtype == dtype for w in [*state.values(), *model.parameters()])
+    assert torch.equal(state["embed.weight"], tensors["model.embed_tokens.weight"].to(dtype))
+    before = model(some_tokens())
+    assert before.dtype == torch.float32 and torch.equal(model.float()(some_tokens()), before)
 
 
 def test_shards_and_what_old_folders_leave_out_or_keep_are_read(folder):
@@ -236,6 +311,113 @@ def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
     assert huggingface.read(tmp_path / "out")["tokenizer"] == {"kind": "ids", "size": 50}
 
 
+# tokenizer.json of others
+
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_0|>"]
+
+
+@pytest.fixture(scope="module")
+def byte_level(corpus):
+    """A tokenizer.json like Llama 3's: byte-level BPE, and after it special tokens, the first of which is put before a text."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: tokenizer.json cannot be read")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    bos = SPECIAL[0]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 400)])
+    tokenizer.enable_truncation(5)  # as some folders have it
+    return tokenizer.to_str()
+
+
+def with_tokenizer_json(folder, text, size=410):
+    """Makes `folder` one of another's Llama: nothing but config.json names the tokenizer's bos."""
+    saved(folder / "ckpt.pt", Ids(size))
+    export.export(folder / "ckpt.pt", folder / "hf")
+    config = json.loads((folder / "hf/config.json").read_text()) | {"bos_token_id": 400, "eos_token_id": [401, 402]}
+    del config["copyllama_tokenizer"]
+    (folder / "hf/config.json").write_text(json.dumps(config))
+    (folder / "hf/tokenizer.json").write_text(text)
+    return folder / "hf"
+
+
+def test_tokenizer_json_gives_the_text_ids_special_tokens_and_hex_digits_of_transformers(transformers, byte_level, tmp_path):
+    folder = with_tokenizer_json(tmp_path, byte_level)
+    _, tokenizer, _ = eval_copy.load(folder, device="cpu")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert (tokenizer.size, tokenizer.bos, tokenizer.eos, tokenizer.special) == (403, 400, 401, {400, 401, 402})
+    for text in [*NASTY, "<|end_of_text|> is text"]:
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode([400, *ids, 401]) == text
+    assert [tokenizer.decode([i]) for i in tokenizer.hex_ids()] == list(HEX)
+    assert eval_copy.vocabulary(tokenizer).ids.tolist() == list(range(400))
+    assert tokenizer_from_state(tokenizer.state()).state() == tokenizer.state()
+
+
+def test_a_folder_with_tokenizer_json_continues_a_prompt_and_is_scored_on_its_hex_digits(byte_level, tmp_path, capsys):
+    folder = str(with_tokenizer_json(tmp_path, byte_level))
+    assert run_command(eval_copy.main, [folder, "--prompt", "a text", "--device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("a text")
+    assert run_command(eval_copy.main, [folder, "--samples=20", "--device=cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "hex16 (16 ids)" in out and "warning" not in err
+
+
+def test_special_tokens_beyond_the_model_are_left_out_and_others_refused(byte_level, tmp_path, capsys):
+    more = json.loads(byte_level)
+    more["added_tokens"].append(more["added_tokens"][-1] | {"id": 403, "content": "[PAD]"})
+    folder = with_tokenizer_json(tmp_path, json.dumps(more), size=403)
+    assert eval_copy.load(folder, device="cpu")[1].size == 403
+    more["added_tokens"][-1]["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(more))
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    assert "its tokenizer has 404 ids, but its model knows 403" in capsys.readouterr().err
+
+
+def test_a_tokenizer_json_that_cannot_be_read_is_refused_in_one_line(byte_level, tmp_path, capsys, monkeypatch):
+    folder = with_tokenizer_json(tmp_path, '{"model": 3}')
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    damaged, missing = capsys.readouterr().err.strip().splitlines()
+    assert "not a tokenizer.json that" in damaged and "pip install tokenizers" in missing
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json: there is no config.json beside it, which names its bos"):
+        get_tokenizer(str(folder / "tokenizer.json"))
+
+
+def test_a_folder_without_a_tokenizer_says_so_in_one_line(tmp_path, capsys):
+    folder = with_tokenizer_json(tmp_path, "")
+    (folder / "tokenizer.json").unlink()
+    assert run_command(eval_copy.main, [str(folder), "--samples=2", "--device=cpu"]) == 0
+    assert f"warning: {folder} has neither tokenizer.json nor tokenizer.model: " in capsys.readouterr().err
+    assert run_command(eval_copy.main, [str(folder), "--prompt=x", "--device=cpu"]) == 2
+    assert "without a tokenizer (" in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+
+
+def test_its_text_is_prepared_and_its_llama_trains_on_it_and_is_exported_with_it(byte_level, tmp_path, capsys):
+    folder, data = with_tokenizer_json(tmp_path, byte_level), tmp_path / "data"
+    (tmp_path / "text").mkdir()
+    for i in range(20):
+        (tmp_path / f"text/{i}.txt").write_text(f"some text to train on, number {i}\n" * 20)
+    source = f"--tokenizer={folder}/tokenizer.json"
+    assert run_command(prepare.main, ["text", str(tmp_path / "text"), source, f"--out={data}", "--val_fraction=0.3"]) == 0
+    assert load_tokenizer(data).decode(np.fromfile(data / "val.bin", np.uint16)).startswith("some text to train on, number")
+    settings = SHAPE | dict(data=str(data), out_dir=str(tmp_path / "more"), init_from=str(folder), vocab_size=410)
+    run(settings | dict(batch_size=2, max_steps=1, eval_interval=0, copy_eval_interval=0, device="cpu", compile="off"))
+    assert "starting from the weights of" in (out := capsys.readouterr().out) and "warning" not in out
+    export.export(tmp_path / "more", tmp_path / "exported")
+    assert (tmp_path / "exported/tokenizer.json").read_text() == byte_level
+    assert '"bos_token": "<|begin_of_text|>"' in (tmp_path / "exported/tokenizer_config.json").read_text()
+    theirs = get_tokenizer(str(folder / "tokenizer.json"))
+    assert eval_copy.load(tmp_path / "exported", device="cpu")[1].state() == theirs.state()
+
+
 # Mistakes
 
 
@@ -247,6 +429,7 @@ def line(folder):
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+YARN = {"rope_type": "yarn", "factor": 8.0}
 
 
 @pytest.mark.parametrize(
@@ -254,16 +437,23 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
     [
         ({"model_type": "mistral"}, "model_type=mistral: expected llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected LlamaForCausalLM"),
-        ({"attention_bias": True}, "attention_bias=true: expected false"),
-        ({"mlp_bias": True}, "mlp_bias=true: expected false"),
         ({"hidden_act": "gelu"}, 'hidden_act="gelu": expected "silu"'),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"rope_parameters": LLAMA3}, "rope_type default, is computed"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type default, is computed"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_type default, is computed"),
-        ({"rope_parameters": 3}, "rope_type default, is computed"),
-        ({"head_dim": 16}, "head_dim=16: expected hidden_size / num_attention_heads, 8"),
-        ({"vocab_size": 128256}, "vocab_size=128256: must fit uint16 tokens"),
+        ({"sliding_window": 4096}, "sliding_window=4096: expected null"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0"),
+        ({"rope_scaling": YARN}, '{"rope_type": "yarn", "factor": 8.0}: expected default, linear, llama3 as rope_type'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, '"dynamic", "factor": 2.0}: expected default, linear, llama3'),
+        ({"rope_scaling": {"type": "linear"}}, "with its parameters"),
+        ({"rope_parameters": LLAMA3}, "with its parameters"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, '{"partial_rotary_factor": 0.5}: expected default'),
+        ({"rope_parameters": {"full_attention": LLAMA3}}, "expected default, linear, llama3"),
+        ({"rope_parameters": 3}, "rotary positions 3: expected default"),
+        ({"rope_parameters": {"rope_type": ["llama3"]}}, "expected default, linear, llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_factor=0.0: must be above 0"),
+        ({"head_dim": 16}, "q_proj.weight has shape (32, 32), but config.json makes it (64, 32)"),
+        ({"attention_bias": True}, "has no tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"vocab_size": 128256}, "embed_tokens.weight has shape (257, 32), but config.json makes it (128256, 32)"),
+        ({"bos_token_id": 257}, "bos_token_id=257, eos_token_id=null: expected ids below vocab_size=257"),
         ({"copyllama_tokenizer": {"kind": [1]}}, "names no tokenizer"),
         ({"hidden_size": None}, "it has no hidden_size"),
         ({"hidden_size": "32"}, "expected int, got str"),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import eval_copy
-from config import ROOT, Config, load
+from config import ADDED, ROOT, Config, from_checkpoint, load
 from data import bins
 from hf import export
+from hf import folder as huggingface
 from runtime import checkpoint
 from runtime.distributed import StopSignal, on_device
 from runtime.validation import validate
@@ -83,8 +84,9 @@ def test_a_source_may_have_another_context_and_dropout(settings, source):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(dim=32), "dim=32, but init_from={} has 16; pass --dim=16"),
-        (dict(n_layers=3, n_heads=4), "n_layers=3, n_heads=4, n_kv_heads=4, but init_from={} has 2, 2, 2; pass --n_layers=2 "),
+        (dict(dim=32), "dim=32, head_dim=16, but init_from={} has 16, 8; pass --dim=16 --head_dim=8"),
+        (dict(n_layers=3, n_kv_heads=1), "n_layers=3, n_kv_heads=1, but init_from={} has 2, 2; pass --n_layers=2 "),
+        (dict(rope_factor=2.0, mlp_bias=True), "rope_factor=2.0, mlp_bias=True, but init_from={} has 1.0, False; pass "),
         (dict(tie_embeddings=True), "tie_embeddings=True, but init_from={} has False; pass --tie_embeddings=false"),
         (dict(rope_theta=1e6), "rope_theta=1000000.0, but init_from={} has 10000.0; pass --rope_theta=10000.0"),
         (dict(norm_eps=1e-5), "norm_eps=1e-05, but init_from={} has 1e-06; pass --norm_eps=1e-06"),
@@ -100,6 +102,31 @@ def test_a_model_of_another_shape_is_refused_with_what_to_pass(settings, source,
     assert not Path(settings["out_dir"]).exists()
     remedy = dict(flag.removeprefix("--").split("=") for flag in error.split("pass ")[1].split())
     assert status(flags(settings | changes | remedy, init_from=path, max_steps=1)) == 0
+
+
+SCALED = dict(head_dim=10, rope_factor=4.0, rope_original_seq_len=20, attention_bias=True, mlp_bias=True, n_kv_heads=1)
+
+
+def test_scaled_positions_biases_and_a_head_dim_train_on_and_are_written_back(settings, tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="safetensors is not installed: Hugging Face folders need it")
+    run(settings | SCALED)  # biases start at 0, and are trained
+    export.export(settings["out_dir"], tmp_path / "hf")
+    state = checkpoint.load(settings["out_dir"])
+    assert all(w.abs().sum() > 0 for name, w in state["model"].items() if name.endswith("bias"))
+    again = settings | SCALED | dict(init_from=str(tmp_path / "hf"), out_dir=str(tmp_path / "again"))
+    first = run(again, max_steps=1)
+    assert first[0]["val_loss"] == run(settings | SCALED)[-1]["val_loss"]
+    back = huggingface.read(tmp_path / "hf")
+    assert back["config"] == dataclasses.asdict(from_checkpoint(state["config"])) and equal(back["model"], state["model"])
+
+
+def test_ids_beyond_uint16_are_refused_in_one_line(settings, source, tmp_path, capsys):
+    state = checkpoint.load(source)
+    state["config"]["vocab_size"] = 128256
+    checkpoint.save(tmp_path / "large.pt", state)
+    assert status(flags(settings, init_from=tmp_path / "large.pt")) == 2
+    error = capsys.readouterr().err
+    assert "large.pt: vocab_size=128256: must fit uint16 tokens" in error and len(error.splitlines()) == 1
 
 
 def test_what_is_no_llama_is_refused_in_one_line(settings, tmp_path, capsys):
@@ -136,9 +163,10 @@ def test_a_config_file_names_it_from_the_projects_root(tmp_path):
     assert load([]).init_from == "" and Config.__dataclass_fields__["init_from"].default == ""
 
 
-def test_a_checkpoint_from_before_the_setting_is_gone_on_with(settings):
+def test_a_checkpoint_from_before_the_settings_is_gone_on_with(settings):
     run(settings, max_steps=2)
     state = checkpoint.load(settings["out_dir"])
-    assert dataclasses.asdict(load(flags(settings)))["init_from"] == state["config"].pop("init_from")
+    for name in {"init_from", *ADDED}:
+        assert dataclasses.asdict(load(flags(settings)))[name] == state["config"].pop(name)
     checkpoint.save(Path(settings["out_dir"]) / "ckpt.pt", state)
     assert len(losses(run(settings))) == 6

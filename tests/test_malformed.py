@@ -13,7 +13,7 @@ import torch
 
 import eval_copy
 import train
-from config import MAY_CHANGE, Config, ModelConfig, from_dict, load
+from config import ADDED, MAY_CHANGE, Config, ModelConfig, from_dict, load
 from errors import run_command
 from runtime import checkpoint, distributed
 from tests.faults import fault
@@ -157,7 +157,8 @@ def a_checkpoint(rng, settings, folder):
     state["tokenizer"].pop("counts", None)  # checkpoints without them are read too
     if rng.random() < 0.6:
         shape = {field.name for field in dataclasses.fields(ModelConfig)}
-        matters = {k: v for k, v in state["config"].items() if (k in shape if evaluate else k not in MAY_CHANGE)}
+        known = (shape if evaluate else state["config"].keys() - MAY_CHANGE) - ADDED  # older checkpoints lack ADDED, and load
+        matters = {k: v for k, v in state["config"].items() if k in known}
         used = state | {"config": matters}
         names = ["optimizer", "data_fingerprint"] if evaluate else ["tokenizer"]
         unread = {name: used.pop(name) for name in ["skipped", *names]}

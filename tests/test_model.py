@@ -16,7 +16,7 @@ from config import ModelConfig
 from kernels import eager
 from model import KVCache, Llama, rotary_table
 from tests.handbuilt import induction_model, uniform_model
-from tests.reference_llama import reference_logits
+from tests.reference_llama import reference_logits, speeds
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(dim=64, n_layers=3, n_heads=4, hidden_dim=96, vocab_size=50, seq_len=48)
@@ -24,6 +24,9 @@ KINDS = {
     "mha": TINY,
     "gqa": dataclasses.replace(TINY, n_kv_heads=2),
     "mqa_tied": dataclasses.replace(TINY, n_kv_heads=1, tie_embeddings=True, rope_theta=5e5),
+    # Of the 12 frequencies of 24 channels, 3 are kept, 3 interpolated and 6 divided.
+    "llama3": dataclasses.replace(TINY, head_dim=24, rope_theta=100.0, rope_factor=8.0, rope_original_seq_len=60),
+    "linear_biased": dataclasses.replace(TINY, n_kv_heads=2, rope_factor=2.5, attention_bias=True, mlp_bias=True),
 }
 each_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 
@@ -33,8 +36,8 @@ def llama(config=TINY, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     model = Llama(dataclasses.replace(config, **changes), eager, dtype)
     with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(4) if p.dim() == 2 else p.normal_(1, 0.3)
+        for name, p in model.named_parameters():
+            p.mul_(4) if p.dim() == 2 else p.normal_(0 if name.endswith("bias") else 1, 0.3)
     return model.eval()
 
 
@@ -57,7 +60,7 @@ def test_every_matrix_is_initialised_with_its_std(config):
     torch.manual_seed(0)
     for name, p in Llama(config, eager).named_parameters():
         if p.dim() == 1:
-            assert (p == 1).all(), name
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
             continue
         std = 0.02 / 6**0.5 if name.split(".")[-2] in ("wo", "down") else 0.02  # 3 layers, each writes twice
         assert p.std().item() == pytest.approx(std, rel=5 / (2 * p.numel()) ** 0.5), name  # 5 standard errors
@@ -109,19 +112,31 @@ def hugging_face(model):
         max_position_embeddings=c.seq_len,
         rms_norm_eps=c.norm_eps,
         tie_word_embeddings=c.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        head_dim=c.head_dim,
+        attention_bias=c.attention_bias,
+        mlp_bias=c.mlp_bias,
+        rope_parameters={
+            "rope_type": "llama3" if c.rope_original_seq_len else "linear" if c.rope_factor != 1 else "default",
+            "rope_theta": c.rope_theta,
+            "factor": c.rope_factor,
+            "low_freq_factor": c.rope_low_freq_factor,
+            "high_freq_factor": c.rope_high_freq_factor,
+            "original_max_position_embeddings": c.rope_original_seq_len,
+        },
     )
     theirs = {"model.embed_tokens.weight": mine["embed.weight"], "model.norm.weight": mine["norm"]}
     theirs["lm_head.weight"] = mine["lm_head.weight"]
     heads = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
     for i in range(c.n_layers):
         here, there = f"blocks.{i}.", f"model.layers.{i}."
-        for name, w in zip("qkv", mine[here + "attention.wqkv.weight"].split(heads), strict=True):
-            theirs[f"{there}self_attn.{name}_proj.weight"] = w
-        for name, w in zip(("gate", "up"), mine[here + "mlp.gate_up.weight"].chunk(2), strict=True):
-            theirs[f"{there}mlp.{name}_proj.weight"] = w
-        theirs[there + "self_attn.o_proj.weight"] = mine[here + "attention.wo.weight"]
-        theirs[there + "mlp.down_proj.weight"] = mine[here + "mlp.down.weight"]
+        for kind in ["weight"] + ["bias"] * c.attention_bias:
+            for name, w in zip("qkv", mine[f"{here}attention.wqkv.{kind}"].split(heads), strict=True):
+                theirs[f"{there}self_attn.{name}_proj.{kind}"] = w
+            theirs[f"{there}self_attn.o_proj.{kind}"] = mine[f"{here}attention.wo.{kind}"]
+        for kind in ["weight"] + ["bias"] * c.mlp_bias:
+            for name, w in zip(("gate", "up"), mine[f"{here}mlp.gate_up.{kind}"].chunk(2), strict=True):
+                theirs[f"{there}mlp.{name}_proj.{kind}"] = w
+            theirs[f"{there}mlp.down_proj.{kind}"] = mine[f"{here}mlp.down.{kind}"]
         theirs[there + "input_layernorm.weight"] = mine[here + "attention_norm"]
         theirs[there + "post_attention_layernorm.weight"] = mine[here + "mlp_norm"]
     other = transformers.LlamaForCausalLM(config)
@@ -148,8 +163,7 @@ def test_logits_equal_the_independent_reference(config):
     # In float64, with a table in float64, a rounding error would be gone; a bug would keep its size.
     model = model.double()
     model.dtype = torch.float64
-    speed = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    angles = torch.arange(config.seq_len, dtype=torch.float64)[:, None] * speed
+    angles = torch.arange(config.seq_len, dtype=torch.float64)[:, None] * torch.tensor(speeds(config), dtype=torch.float64)
     model.cos, model.sin = angles.cos(), angles.sin()
     torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-13)
 
