@@ -12,7 +12,7 @@ from measures.batching import logits_at
 from measures.heads import fitting, repeated
 from model import Llama
 
-INDUCTION_LENGTH, RECALL_LENGTH = 384, 50  # of TransformerLens and of Aoyama et al.
+INDUCTION_LENGTH, RECALL_LENGTH, PAIRS = 384, 50, 16  # of TransformerLens, of Aoyama et al., of key_values
 
 
 def token_losses(model: Llama, windows: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, s
     return {"accuracy": torch.cat(hits).mean().item(), "rank": torch.cat(ranks).mean().item()}
 
 
-def key_values(model: Llama, ids, bos: int | None, pairs: int = 16, samples: int = 100, seed: int = 0) -> float:
+def key_values(model: Llama, ids, bos: int | None, pairs: int = PAIRS, samples: int = 100, seed: int = 0) -> float:
     """Multi-query associative recall (Arora et al. 2023): pairs of a key and a value, then the same pairs in another order.
     Returns the share of keys of the second round after which the right value is the likeliest token.
 
