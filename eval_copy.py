@@ -19,23 +19,17 @@ if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
 
 import argparse
-import itertools
 import json
 import os
 import re
-import typing
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import kernels
-from config import Config, Parser, from_checkpoint
+from config import TYPES, Parser
 from data import bins
-from data.tokenizer import Tokenizer, tokenizer_from_state
+from data.tokenizer import Tokenizer
 from files import atomic_write
-from hf import folder as huggingface
 from measures import ablation, attention, context, heads
 from measures.alphabets import Vocabulary, alphabet, default_alphabets
 from measures.batching import affordable, progress
@@ -43,17 +37,15 @@ from measures.copying import LENGTH, SEQUENCES, CopyTest, copy_scores, make_test
 from measures.kgrams import kgram_baseline
 from measures.table import table
 from model import Llama
-from runtime import checkpoint, distributed, metrics
+from runtime import metrics
+from sample import decoded, load, prompt_ids, write_samples
 
 TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
-REMOVED = (0, 1, 2, 4, 8, 16, 32)  # numbers of heads that --ablate removes
 # The measures beside copying: samples for a small model, and the tokens of one. A large model gets fewer (see affordable).
 SAMPLES = {
-    "heads": (32, 2 * heads.LENGTH),
-    "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
-    "recall": (100, 2 * context.RECALL_LENGTH),
-    "pairs": (100, 4 * context.PAIRS),
-}
+    "heads": (32, 2 * heads.LENGTH), "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
+    "recall": (100, 2 * context.RECALL_LENGTH), "pairs": (100, 4 * context.PAIRS),
+}  # fmt: skip
 # What an existing file must begin with so that --json, --plot or --attention may replace it.
 BEGINNINGS = {"json": b'[\n {\n  "path"', ".html": b"<!doctype html>"}
 PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
@@ -93,8 +85,9 @@ def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, sep
 def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full: bool = True) -> dict:
     """All scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
 
-    A progress bar on stderr counts the tokens that the model reads. Not in full, for the evaluations during training: without the k-gram baseline, the scores of heads that take more than one
-    pass, and the context. The model is left in eval mode.
+    A progress bar on stderr counts the tokens that the model reads. Not in full, for the evaluations during training: without
+    the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in eval
+    mode.
     """
     ours, bos = vocabulary(tokenizer), tokenizer.bos
     if not full:
@@ -144,23 +137,6 @@ def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest])
     return row
 
 
-def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
-    """The model, tokenizer and step of a checkpoint, a run directory or a Hugging Face folder."""
-    state = huggingface.load(path)
-    try:
-        config = from_checkpoint(state["config"])
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    device = distributed.pick_device(device)
-    dtype = distributed.pick_dtype("auto", device)
-    model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)
-    checkpoint.restore(path, state, model)
-    tokenizer = tokenizer_from_state(state["tokenizer"])
-    if tokenizer.size > config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
-    return model.eval(), tokenizer, state["step"]
-
-
 def context_length(model: Llama, asked: int) -> int:
     if asked > model.config.seq_len:
         raise UserError(f"--context={asked}: this model's context is {model.config.seq_len}")
@@ -178,32 +154,21 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     model, tokenizer, step = load(path, args.device, args.kernels)
     seq_len = context_length(model, args.context)
     samples = copy_samples(model, seq_len, args)
-    n = sum(p.numel() for p in model.parameters())
-    result = {"path": str(path), "step": step, "parameters": n, "seq_len": model.config.seq_len}
+    result = {"path": str(path), "step": step, "parameters": model.config.n_parameters, "seq_len": model.config.seq_len}
     val = bins.Bin(Path(args.data) / "val.bin", seq_len, model.config.vocab_size) if args.data else None
     text = None
     if val:  # consecutive windows are consecutive text; each ends with the first token of the next
         text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
     scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, args.separator, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
-    ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if val:
-        windows = val.windows(bins.order(0, 0, val.n_windows)[: affordable(model, seq_len, most=64, share=2)])
-        with progress(model, len(windows) * seq_len, "held-out text"):
-            losses = context.position_losses(model, windows)
-        late = {f"icl_50_{n}": context.icl_score(losses, 50, n) for n in (500, 1000)}
-        result["positions"] = late | {"loss": losses.tolist()}
+        n = affordable(model, seq_len, most=64, share=2)
+        result["positions"] = context.position_scores(model, val.windows(bins.order(0, 0, val.n_windows)[:n]))
+    ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if args.ablate:
         name = next(iter(scores["copy"]))
         (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], args.separator, text).values()
-        ranking = scores["heads"]["score_mended"]
-        ks = [k for k in REMOVED if k <= ranking.size // 2]
-        means = ablation.head_means(model, heads.repeated(ids, heads.fitting(model, 100, bos), 32, 1, bos))
-        runs = sum(1 + 3 * (k > 0) for k in ks) * (2 if args.ablate == "pattern" else 1)
-        with progress(model, runs * test.cost(), "ablation"):
-            result["ablation"] = ablation.ablation_curve(
-                model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking, ks, args.ablate, means=means
-            )
+        result["ablation"] = ablation.copying_without_heads(model, test, scores["heads"]["score_mended"], args.ablate, ids)
     if args.plot:
         result["stripes"] = attention.stripes(model, ids, bos, scores["heads"])
     return result
@@ -229,45 +194,12 @@ def over_steps(run: Path, args: argparse.Namespace):
         print(f"step {step}: exact match {exact}", flush=True)
 
 
-def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt, bos first where there is one. Raises UserError unless it leaves room in the context."""
-    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + (list(map(int, tokenizer.encode(text))) if text else [])
-    if not ids or len(ids) >= model.config.seq_len:
-        raise UserError(f"prompt of {len(ids)} tokens: this model's context takes 1 to {model.config.seq_len - 1}")
-    return ids
-
-
-def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str]:
-    """Yields for each of `ids`, after the ids `before`, the text that it completes, and then what is left, which no id completes.
-
-    A character of several ids comes with the last of them, and "" before. Text is decoded whole, as a sentencepiece model needs.
-    """
-    seen = list(before)
-    text = tokenizer.decode(seen)
-    shown = len(text)
-    for i in ids:
-        seen.append(i)
-        text = tokenizer.decode(seen)
-        whole = max(len(text.rstrip("\ufffd")), shown)  # U+FFFD stands for bytes that are no character, or not yet
-        yield text[shown:whole]
-        shown = whole
-    yield text[shown:]
-
-
-def stream(model: Llama, tokenizer: Tokenizer, text: str, n=200, temperature=0.0, top_k=0) -> Iterator[str]:
-    """Yields the continuation of `text` piece by piece, up to n tokens, or the end of the document or of the context."""
-    ids = prompt_ids(model, tokenizer, text)
-    new = model.generate(torch.tensor([ids], device=model.embed.weight.device), n, temperature, top_k)
-    new = itertools.takewhile(lambda i: i not in (tokenizer.bos, tokenizer.eos), (token.item() for token in new))
-    return decoded(tokenizer, new, ids)
-
-
 def attention_page(path, text: str, args: argparse.Namespace) -> str:
     """Returns the page that shows where each head looks on `text`, as HTML."""
     model, tokenizer, step = load(path, args.device, args.kernels)
     ids = prompt_ids(model, tokenizer, text)
-    n_bos = len(ids) > len(tokenizer.encode(text))
-    words = ["<bos>"] * n_bos + list(decoded(tokenizer, ids[n_bos:]))[:-1]
+    lead = int(tokenizer.bos is not None)
+    words = ["<bos>"] * lead + list(decoded(tokenizer, ids[lead:]))[:-1]
     scores = heads.attention_scores(model, vocabulary(tokenizer).ids, tokenizer.bos, samples=8)
     return attention.page(model, ids, words, scores, f"{path}, step {step:,}")
 
@@ -288,9 +220,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="checkpoint, run directory, or folder of a Hugging Face Llama")
     alphabets = (
-        "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data)"
+        "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data), "
     )
-    alphabets += ", freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
+    alphabets += "freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
     add("--separator", action="store_true", help="put a line end after each sequence, as in the paper's Figure 1")
@@ -304,13 +236,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--attention", nargs=2, metavar=("TEXT", "FILE.html"), help=page)
     add("--prompt", metavar="TEXT", help="continue this text instead of measuring")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    sets = typing.get_args(typing.get_type_hints(Config)["kernels"])
-    add(
-        "--kernels",
-        choices=sets,
-        default="auto",
-        help="op set that the model runs on (default: auto, the fastest that works here)",
-    )
+    sets = TYPES["kernels"].__args__
+    add("--kernels", choices=sets, default="auto", help="op set that the model runs on (default: auto, the fastest here)")
     args = parser.parse_args(argv)
     if args.samples is not None and args.samples < 1:
         parser.error(f"--samples={args.samples}: expected 1 or more")
@@ -324,9 +251,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.prompt is not None:
-        model, tokenizer, _ = load(args.paths[0], args.device, args.kernels)
-        for piece in itertools.chain([args.prompt], stream(model, tokenizer, args.prompt), ["\n"]):
-            print(piece, end="", flush=True)
+        write_samples(*load(args.paths[0], args.device, args.kernels)[:2], args.prompt)
         return 0
     if args.attention:
         text, file = args.attention

@@ -3,21 +3,87 @@
     python sample.py runs/tiny --prompt 'the quick brown fox jumps. the qui'
     python sample.py runs/tiny/ckpt.pt --temperature=1 --top_k=50 --num_samples=3 --seed=7
     python sample.py path/to/a-hugging-face-llama --prompt=- --temperature=0 < essay.txt
+
+A continuation ends with its document, after --max_new_tokens, or where the model's context is full.
 """
 
 import sys
 
-from errors import exit_on_interrupt, raise_on_interrupt, run_command
+from errors import UserError, exit_on_interrupt, raise_on_interrupt, run_command
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
 
 import argparse
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from config import Parser
-from eval_copy import load, stream
+import kernels
+from config import Parser, from_checkpoint
+from data.tokenizer import Tokenizer, tokenizer_from_state
+from hf import folder as huggingface
+from model import Llama
+from runtime import checkpoint, distributed
+
+
+def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
+    """The model, tokenizer and step of a checkpoint, a run directory or a Hugging Face folder."""
+    state = huggingface.load(path)
+    try:
+        config = from_checkpoint(state["config"])
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    device = distributed.pick_device(device)
+    dtype = distributed.pick_dtype("auto", device)
+    model = Llama(config.model(), kernels.choose(ops, device, config.head_dim, dtype), dtype).to(device)
+    checkpoint.restore(path, state, model)
+    tokenizer = tokenizer_from_state(state["tokenizer"])
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
+    return model.eval(), tokenizer, state["step"]
+
+
+def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a prompt, bos first where there is one. Raises UserError unless it leaves room in the context."""
+    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + (list(map(int, tokenizer.encode(text))) if text else [])
+    if not ids or len(ids) >= model.config.seq_len:
+        raise UserError(f"prompt of {len(ids)} tokens: this model's context takes 1 to {model.config.seq_len - 1}")
+    return ids
+
+
+def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str]:
+    """Yields for each of `ids`, which come after the ids `before`, the text that it completes; then what none completes.
+
+    A character of several ids comes with the last of them, and "" before. A sentencepiece model needs all ids to decode one.
+    """
+    seen = list(before)
+    text = tokenizer.decode(seen)
+    shown = len(text)
+    for i in ids:
+        seen.append(i)
+        text = tokenizer.decode(seen)
+        whole = max(len(text.rstrip("\ufffd")), shown)  # U+FFFD stands for bytes that are no character, or not yet
+        yield text[shown:whole]
+        shown = whole
+    yield text[shown:]
+
+
+def stream(model: Llama, tokenizer: Tokenizer, text: str, n=200, temperature=0.0, top_k=0) -> Iterator[str]:
+    """Yields the continuation of `text` piece by piece, up to n tokens, or to the end of the document or of the context."""
+    ids = prompt_ids(model, tokenizer, text)
+    new = model.generate(torch.tensor([ids], device=model.embed.weight.device), n, temperature, top_k)
+    new = itertools.takewhile(lambda i: i not in (tokenizer.bos, tokenizer.eos), (token.item() for token in new))
+    return decoded(tokenizer, new, ids)
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer, prompt: str, samples=1, n=200, temperature=0.0, top_k=0):
+    """Prints the prompt and its continuation, as it comes; several with a line between them."""
+    for i in range(samples):
+        pieces = stream(model, tokenizer, prompt, n, temperature, top_k)
+        for piece in itertools.chain(["-" * 15 + "\n"] if i else [], [prompt], pieces, ["\n"]):
+            print(piece, end="", flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -43,12 +109,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer, _ = load(args.path, args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     torch.manual_seed(args.seed)
-    for i in range(args.num_samples):
-        pieces = stream(model, tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k)
-        print("-" * 15 + "\n" if i else "", prompt, sep="", end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    write_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k)
     return 0
 
 

@@ -54,7 +54,9 @@ def page(model: Llama, ids: list[int], words: list[str], scores: dict[str, np.nd
         raise UserError(f"prompt of {T} tokens: the page of a model with {heads} heads shows {most} tokens at most")
     rows, columns = np.tril_indices(T)
     layers = model.attention_maps(torch.tensor([ids], device=model.embed.weight.device))
-    maps = b"".join((probs[0].float().sqrt() * 255).round().byte().cpu().numpy()[:, rows, columns].tobytes() for probs in layers)
+    maps = b"".join(
+        (probs[0].float().sqrt() * 255).round().byte().cpu().numpy()[:, rows, columns].tobytes() for probs in layers
+    )
     data = {"title": title, "words": words, "layers": model.config.n_layers, "heads": model.config.n_heads}
     data |= {name: scores[name].round(3).tolist() for name in ("induction", "previous")}
     data["maps"] = base64.b64encode(zlib.compress(maps, 9)).decode()

@@ -26,7 +26,7 @@ def affordable(model: Llama, tokens: int, most: int, least: int = 4, share: floa
     It depends on the model and the kind of its device alone, so that the same command asks the same questions.
     """
     budget = share * FLOPS * (1 if model.embed.weight.device.type == "cpu" else 100)
-    each = 2 * tokens * sum(p.numel() for p in model.parameters())
+    each = 2 * tokens * model.config.n_parameters
     return min(max(int(budget / each), least), most)
 
 
@@ -52,7 +52,7 @@ def progress(model: Llama, tokens: int, title: str):
 
 
 def batches(model: Llama, *arrays: np.ndarray) -> Iterator[list[torch.Tensor]]:
-    """Yields the rows of arrays (B, ...) as tensors on the model's device; those of the first, (B, T), have TOKENS ids at most."""
+    """Yields the rows of arrays (B, ...) as tensors on the model's device, some at a time: TOKENS ids of the first, (B, T)."""
     step = max(1, TOKENS // arrays[0].shape[1])
     for i in range(0, len(arrays[0]), step):
         yield [torch.from_numpy(array[i : i + step]).to(model.embed.weight.device) for array in arrays]

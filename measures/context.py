@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from measures.batching import logits_at
+from measures.batching import logits_at, progress
 from measures.heads import fitting, repeated
 from model import Llama
 
@@ -58,6 +58,13 @@ def icl_score(losses: np.ndarray, early: int = 50, late: int = 500) -> float | N
     that at the `early`-th, from position_losses (T,). Below 0 where the model uses the context between; None where T < late.
     """
     return float(losses[late - 1] - losses[early - 1]) if len(losses) >= late else None
+
+
+def position_scores(model: Llama, windows: np.ndarray) -> dict:
+    """{"icl_50_500", "icl_50_1000", "loss": list of position_losses} on windows (B, T+1), with a progress bar."""
+    with progress(model, windows[:, 1:].size, "held-out text"):
+        losses = position_losses(model, windows)
+    return {f"icl_50_{late}": icl_score(losses, 50, late) for late in (500, 1000)} | {"loss": losses.tolist()}
 
 
 def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, seed: int = 0) -> dict[str, float]:
