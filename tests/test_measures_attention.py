@@ -43,7 +43,7 @@ def test_stripes_are_those_of_the_hand_built_heads():
     one_back, stripe = (head[3] for head in found["heads"].values())
     assert one_back.shape == stripe.shape == (51, 51) and one_back.diagonal(-1).min() > 0.95
     # It wants three tokens that agree, so that its stripe begins at the third token of the second copy.
-    assert stripe.diagonal(1 - s)[lead + 2 : s].min() > 0.95 and stripe[lead : lead + s, lead:].max() < 0.05
+    assert stripe.diagonal(1 - s)[lead + 3 : s].min() > 0.95 and stripe[lead : lead + s, lead:].max() < 0.05
 
 
 def test_the_previous_token_head_is_of_a_layer_before_the_induction_head():
@@ -98,6 +98,10 @@ def in_browser(page, path, script):
     return subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
 
 
+def looks(dom):
+    return re.sub("<[^>]+>", "", re.search(r'id="looks">(.*?)</div>', dom)[1])
+
+
 HOVER = "document.querySelectorAll('#text span')[26].dispatchEvent(new Event('mouseenter'));"  # the q of the second "qui"
 
 
@@ -105,8 +109,7 @@ HOVER = "document.querySelectorAll('#text span')[26].dispatchEvent(new Event('mo
 def test_in_a_browser_a_token_under_the_pointer_shows_where_each_head_looks(hand_built, tmp_path):
     page, probs = hand_built
     dom = in_browser(page, tmp_path / "page.html", HOVER)
-    looks = re.sub("<[^>]+>", "", re.search(r'id="looks">(.*?)</div>', dom)[1])
-    assert looks.startswith("From q (token 26) it looks at u (6) ") and "Layer 1, head 0: induction 1.00" in dom
+    assert looks(dom).startswith("From q (token 26) it looks at u (6) 1.00") and "Layer 1, head 0: induction 0.9" in dom
     shown = re.findall(r'class="to">(\d+)% (.*?)</span>', dom)  # of each head
     words = ["&lt;bos&gt;", *PROMPT]
     row = probs.reshape(8, 29, 29)[:, 26]
@@ -114,17 +117,19 @@ def test_in_a_browser_a_token_under_the_pointer_shows_where_each_head_looks(hand
     for (percent, word), p in zip(shown[:5], row, strict=False):  # the idle heads of layer 1 look at all tokens alike
         assert int(percent) == pytest.approx(100 * p.max(), abs=1) and word == words[p.argmax()].replace(" ", "\u00b7")
     tokens = re.findall(r"<span[^>]*>", re.search(r'id="text">(.*?)</div>', dom)[1])
-    assert 'class="query"' in tokens[26] and "/ 0.7" in tokens[6] and "token 6: 0.9" in tokens[6] and "later" in tokens[27]
+    assert 'class="query"' in tokens[26] and "token 6: 1.000" in tokens[6] and 'class="later"' in tokens[27]
+    shade = [re.search(r"rgba\(.*, ([\d.]+)\)", token) for token in tokens[:27]]
+    assert [float(match[1]) for match in shade] == pytest.approx([0.8 * (k == 6) for k in range(27)], abs=0.01)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
 def test_a_click_keeps_a_token_and_chooses_a_head_and_a_wrong_page_is_found_out(hand_built, tmp_path):
     click = f"document.querySelectorAll('.head')[1].click(); {HOVER} document.querySelectorAll('#text span')[26].click();"
     dom = in_browser(hand_built[0], tmp_path / "page.html", click + HOVER.replace("26", "9"))
-    assert "From <b>q</b> (token 26)" in dom and "Layer 0, head 1: induction" in dom
-    assert dom.count('aria-pressed="true"') == 1 and "it looks at <b>·</b> (24)" in dom  # two back
+    assert looks(dom).startswith("From q (token 26) it looks at e (24) 1.00")  # two back
+    assert "Layer 0, head 1: induction" in dom and dom.count('aria-pressed="true"') == 1
     wrong = hand_built[0].replace("q * (q + 1) / 2 + k]", "q * (q + 1) / 2]")  # the first token's probability for all
-    assert "it looks at <b>u</b> (6)" not in in_browser(wrong, tmp_path / "wrong.html", HOVER)
+    assert "it looks at u (6)" not in looks(in_browser(wrong, tmp_path / "wrong.html", HOVER))
 
 
 def test_the_command_writes_the_page_and_replaces_only_a_page(tmp_path, capsys):
