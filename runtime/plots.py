@@ -24,16 +24,17 @@ def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str,
 
     results: as eval_copy.evaluate returns them; runs: the rows of metrics.jsonl; maps: score of heads -> title.
     """
-    widths = [12.6] * any(runs) + [3.4, 2.6]
-    figure = plt.figure(figsize=(sum(widths), 4.2 * len(results)), layout="constrained")
+    wide = 3 if any(runs) else 0
+    figure = plt.figure(figsize=(4.2 * wide + 6.4, 3.9 * len(results)), layout="constrained")
     rows = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
     for row, result, run in zip(rows, results, runs, strict=True):
-        parts = row.subfigures(1, len(widths), width_ratios=widths)
-        stripes(parts[-1].subplots(2, 1), **result["stripes"])
+        row, last = row.subfigures(1, 2, width_ratios=(4.2 * wide + 3.4, 3.0))
+        stripes(last.subplots(2, 1), **result["stripes"])
+        parts = row.subfigures(1, 2, width_ratios=(4.2 * wide, 3.4), squeeze=False)[0] if wide else [None, row]
         if run:
             best = {f"{name}_max": f"best {title.split(':')[0]} head" for name, title in maps.items()}
             run_curves(parts[0].subplots(1, 3), run, result, best)
-        for ax, (name, title) in zip(parts[-2].subplots(len(maps), 1), maps.items(), strict=True):
+        for ax, (name, title) in zip(parts[-1].subplots(len(maps), 1), maps.items(), strict=True):
             heat_map(ax, result["heads"][name], title.split(":")[0])
     save(figure, file, dpi=130)
 
