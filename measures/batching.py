@@ -37,9 +37,10 @@ def progress(model: Llama, tokens: int, title: str):
     Off a terminal there is a line each half minute. Every pass counts, whatever asks for it: each block's MLP reports.
     """
     terminal = sys.stderr.isatty()
+    seconds = 0.2 if terminal else 30
     bar = tqdm(
-        total=tokens, desc=title, unit="tok", unit_scale=True, delay=3, mininterval=0.2 if terminal else 30,
-        leave=not terminal, dynamic_ncols=terminal,
+        total=tokens, desc=title, unit="tok", unit_scale=True, delay=3, mininterval=seconds, maxinterval=max(seconds, 10),
+        smoothing=0, leave=not terminal, dynamic_ncols=terminal,
     )  # fmt: skip
 
     def count(module, args, output):  # (B, T, D)
