@@ -126,7 +126,8 @@ def test_a_click_keeps_a_token_and_chooses_a_head_and_a_wrong_page_is_found_out(
     click = f"document.querySelectorAll('.head')[1].click(); {HOVER} document.querySelectorAll('#text span')[26].click();"
     dom = in_browser(hand_built[0], tmp_path / "page.html", click + HOVER.replace("26", "9"))
     assert looks(dom).startswith("From q (token 26) it looks at e (24) 1.00")  # two back
-    assert "Layer 0, head 1: induction" in dom and dom.count('aria-pressed="true"') == 1
+    chosen = re.findall(r'title="layer (\d), head (\d)" aria-pressed="true"', dom)
+    assert "Layer 0, head 1: induction" in dom and chosen == [("0", "1")]
     wrong = hand_built[0].replace("q * (q + 1) / 2 + k]", "q * (q + 1) / 2]")  # the first token's probability for all
     assert "it looks at u (6)" not in looks(in_browser(wrong, tmp_path / "wrong.html", HOVER))
 
