@@ -5,7 +5,8 @@
     python eval_copy.py runs/text --data data/text                also on held-out text, and the loss by position
     python eval_copy.py runs/tiny/ckpt.pt --ablate=zero           also how it copies without its best induction heads
     python eval_copy.py runs/tiny --over_steps                    every checkpoint of a run, into its measures.jsonl
-    python eval_copy.py runs/tiny/ckpt.pt --prompt 'some text'    continues the text instead
+    python eval_copy.py runs/tiny --attention 'some text' page.html    a page that shows where each head looks
+    python eval_copy.py runs/tiny/ckpt.pt --prompt 'some text'    continues the text instead; sample.py has more options
 
 Every score is defined in measures/; docs/measures.md lists them with their sources.
 """
@@ -21,30 +22,34 @@ import argparse
 import json
 import os
 import re
-import typing
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import kernels
-from config import Config, Parser, from_checkpoint
+from config import TYPES, Parser
 from data import bins
-from data.tokenizer import Tokenizer, tokenizer_from_state
+from data.tokenizer import Tokenizer
 from files import atomic_write
 from hf import folder as huggingface
-from measures import ablation, context, heads
+from measures import ablation, attention, context, heads
 from measures.alphabets import Vocabulary, alphabet, default_alphabets
-from measures.copying import CopyTest, copy_scores, make_test, predict
+from measures.batching import affordable, progress
+from measures.copying import LENGTH, SEQUENCES, CopyTest, copy_scores, make_test, predict
 from measures.kgrams import kgram_baseline
 from measures.table import table
 from model import Llama
-from runtime import checkpoint, distributed, metrics
+from runtime import metrics
+from sample import decoded, load, prompt_ids, write_samples
 
 TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
-REMOVED = (0, 1, 2, 4, 8, 16, 32)  # numbers of heads that --ablate removes
-# What an existing file must begin with so that --json or --plot may replace it.
-SCORES_JSON, PICTURES = b'[\n {\n  "path"', {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+# The measures beside copying: samples for a small model, and the tokens of one. A large model gets fewer (see affordable).
+SAMPLES = {
+    "heads": (32, 2 * heads.LENGTH), "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
+    "recall": (100, 2 * context.RECALL_LENGTH), "pairs": (100, 4 * context.PAIRS),
+}  # fmt: skip
+# What an existing file must begin with so that --json, --plot or --attention may replace it.
+BEGINNINGS = {"json": b'[\n {\n  "path"', ".html": b"<!doctype html>"}
+PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -81,27 +86,30 @@ def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, sep
 def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full: bool = True) -> dict:
     """All scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
 
-    Not in full, for the evaluations during training: without the k-gram baseline, the scores of heads that take more than one
-    pass, and the context. The model is left in eval mode.
+    A progress bar on stderr counts the tokens that the model reads. Not in full, for the evaluations during training: without
+    the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in eval
+    mode.
     """
     ours, bos = vocabulary(tokenizer), tokenizer.bos
-    copy = {}
-    for name, test in tests.items():
-        predictions = predict(model, test)
-        copy[name] = copy_scores(test, predictions)
-        if full:
-            used = np.unique(test.sequences)
-            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1], "separator": test.separator}
-            copy[name] |= {"ids": len(used), "untrained": ours.untrained(used), "questions": test.hash()}
-            copy[name]["kgram"] = kgram_baseline(test, predictions)
     if not full:
+        copy = {name: copy_scores(test, predict(model, test)) for name, test in tests.items()}
         return {"copy": copy, "heads": heads.attention_scores(model, ours.ids, bos, samples=8)}
-    found = {
-        "induction_loss": context.induction_loss(model, ours.ids, bos),
-        "recall": context.associative_recall(model, ours.ids, bos),
-        "pairs": context.key_values(model, ours.ids, bos),
-    }
-    return {"copy": copy, "heads": heads.scores(model, ours.ids, bos), "context": found}
+    copy = {}
+    lengths = {name: min(tokens, model.config.seq_len) for name, (_, tokens) in SAMPLES.items()}
+    n = {name: affordable(model, lengths[name], most) for name, (most, _) in SAMPLES.items()}
+    with progress(model, sum(test.cost() for test in tests.values()) + sum(n[name] * lengths[name] for name in n), "scores"):
+        for name, test in tests.items():
+            predictions = predict(model, test)
+            copy[name] = copy_scores(test, predictions)
+            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1], "separator": test.separator}
+            copy[name] |= {"ids": len(test.alphabet), "untrained": ours.untrained(test.alphabet), "questions": test.hash()}
+            copy[name]["kgram"] = kgram_baseline(test, predictions)
+        found = {
+            "induction_loss": context.induction_loss(model, ours.ids, bos, n["induction_loss"]),
+            "recall": context.associative_recall(model, ours.ids, bos, n["recall"]),
+            "pairs": context.key_values(model, ours.ids, bos, samples=n["pairs"]),
+        }
+        return {"copy": copy, "heads": heads.scores(model, ours.ids, bos, n["heads"]), "context": found}
 
 
 def as_row(scores: dict) -> dict:
@@ -130,30 +138,16 @@ def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest])
     return row
 
 
-def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
-    """The model, tokenizer and step of a checkpoint, a run directory or a Hugging Face folder."""
-    state = huggingface.load(path)
-    try:
-        config = from_checkpoint(state["config"])
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-    device = distributed.pick_device(device)
-    dtype = distributed.pick_dtype("auto", device)
-    ops = kernels.choose(ops, device, config.head_dim, dtype)
-    with torch.device("meta"):
-        model = Llama(config, ops, dtype)
-    checkpoint.restore(path, state, model)
-    model.to(device)
-    tokenizer = tokenizer_from_state(state["tokenizer"])
-    if tokenizer.size > config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
-    return model.eval(), tokenizer, state["step"]
-
-
 def context_length(model: Llama, asked: int) -> int:
     if asked > model.config.seq_len:
         raise UserError(f"--context={asked}: this model's context is {model.config.seq_len}")
     return asked or model.config.seq_len
+
+
+def copy_samples(model: Llama, seq_len: int, args: argparse.Namespace) -> int:
+    """--samples, or the default: as many as a few minutes allow, 10 to 500 for each alphabet."""
+    tokens = min(2 * seq_len, (SEQUENCES + 10) * LENGTH)  # of a sample: the sequences, and a question after every fifth
+    return args.samples or affordable(model, tokens, most=500, least=10, share=5)
 
 
 def evaluate(path, args: argparse.Namespace) -> dict:
@@ -163,27 +157,24 @@ def evaluate(path, args: argparse.Namespace) -> dict:
         missing = "has neither tokenizer.json nor tokenizer.model: it has no bos, and hex16 is 16 random ids"
         print(f"warning: {path} {missing}", file=sys.stderr)
     seq_len = context_length(model, args.context)
-    n = sum(p.numel() for p in model.parameters())
-    result = {"path": str(path), "step": step, "parameters": n, "seq_len": model.config.seq_len}
-    val = bins.Bin(Path(args.data) / "val.bin", model.config.seq_len, model.config.vocab_size) if args.data else None
+    samples = copy_samples(model, seq_len, args)
+    result = {"path": str(path), "step": step, "parameters": model.config.n_parameters, "seq_len": model.config.seq_len}
+    val = bins.Bin(Path(args.data) / "val.bin", seq_len, model.config.vocab_size) if args.data else None
     text = None
     if val:  # consecutive windows are consecutive text; each ends with the first token of the next
-        text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // model.config.seq_len))))[:, :-1].flatten()
-    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, args.samples, args.alphabet, args.separator, text))
+        text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
+    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, args.separator, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
     if val:
-        losses = context.position_losses(model, val.windows(bins.order(0, 0, val.n_windows)[:64]))
-        late = {f"icl_50_{n}": context.icl_score(losses, 50, n) for n in (500, 1000)}
-        result["positions"] = late | {"loss": losses.tolist()}
+        n = affordable(model, seq_len, most=64, share=2)
+        result["positions"] = context.position_scores(model, val.windows(bins.order(0, 0, val.n_windows)[:n]))
+    ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if args.ablate:
         name = next(iter(scores["copy"]))
-        (test,) = make_tests(tokenizer, seq_len, min(args.samples, 100), [name], args.separator, text).values()
-        ids, bos, ranking = vocabulary(tokenizer).ids, tokenizer.bos, scores["heads"]["score_mended"]
-        means = ablation.head_means(model, heads.repeated(ids, heads.fitting(model, 100, bos), 32, 1, bos))
-        result["ablation"] = ablation.ablation_curve(
-            model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking,
-            ks=[k for k in REMOVED if k <= ranking.size // 2], how=args.ablate, means=means,
-        )  # fmt: skip
+        (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], args.separator, text).values()
+        result["ablation"] = ablation.copying_without_heads(model, test, scores["heads"]["score_mended"], args.ablate, ids)
+    if args.plot:
+        result["stripes"] = attention.stripes(model, ids, bos, scores["heads"])
     return result
 
 
@@ -198,22 +189,23 @@ def over_steps(run: Path, args: argparse.Namespace):
     tests = {}
     for step in sorted(found.keys() - rows.keys()):
         model, tokenizer, _ = load(found[step], args.device, args.kernels)
-        tests = tests or make_tests(tokenizer, context_length(model, args.context), args.samples, args.alphabet, args.separator)
+        if not tests:
+            seq_len = context_length(model, args.context)
+            tests = make_tests(tokenizer, seq_len, copy_samples(model, seq_len, args), args.alphabet, args.separator)
         rows[step] = {"step": step, "path": found[step].name} | as_row(measure(model, tokenizer, tests))
         atomic_write(file, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         exact = ", ".join(f"{name} {rows[step][f'copy_exact_{name}']:.3f}" for name in tests)
         print(f"step {step}: exact match {exact}", flush=True)
 
 
-def continue_prompt(path, text: str, device="auto", ops="auto", n=200):
-    """Prints the prompt and its likeliest continuation, up to n tokens or the end of the context."""
-    model, tokenizer, _ = load(path, device, ops)
-    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + list(tokenizer.encode(text))
-    if not ids or len(ids) >= model.config.seq_len:
-        raise UserError(f"--prompt: {len(ids)} tokens; this model's context takes 1 to {model.config.seq_len - 1}")
-    prompt = torch.tensor([ids], device=model.embed.weight.device)
-    new = [token.item() for token in model.generate(prompt, n, stop=tokenizer.bos)]
-    print(text + tokenizer.decode(ids + new)[len(tokenizer.decode(ids)) :])
+def attention_page(path, text: str, args: argparse.Namespace) -> str:
+    """Returns the page that shows where each head looks on `text`, as HTML."""
+    model, tokenizer, step = load(path, args.device, args.kernels)
+    ids = prompt_ids(model, tokenizer, text)
+    lead = int(tokenizer.bos is not None)
+    words = ["<bos>"] * lead + list(decoded(tokenizer, ids[lead:]))[:-1]
+    scores = heads.attention_scores(model, vocabulary(tokenizer).ids, tokenizer.bos, samples=8)
+    return attention.page(model, ids, words, scores, f"{path}, step {step:,}")
 
 
 def check_output(option: str, file: str, beginning: bytes):
@@ -232,11 +224,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="checkpoint, run directory, or folder of a Hugging Face Llama")
     alphabets = (
-        "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data)"
+        "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data), "
     )
-    alphabets += ", freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
+    alphabets += "freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
-    add("--samples", type=int, default=500, metavar="N", help="samples per alphabet (default: 500)")
+    add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
     add("--separator", action="store_true", help="put a line end after each sequence, as in the paper's Figure 1")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
     add("--ablate", choices=ablation.HOW, default="", help="also copy without the best induction heads, removed in this way")
@@ -244,17 +236,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--over_steps", action="store_true", help="measure every checkpoint of a run, into its measures.jsonl")
     add("--json", metavar="FILE", help="write all scores to this file too")
     add("--plot", metavar="FILE", help="draw the heads, and a run directory's curves: a .png, .pdf or .svg file")
+    page = "write a page that shows where each head looks on this text, instead of measuring"
+    add("--attention", nargs=2, metavar=("TEXT", "FILE.html"), help=page)
     add("--prompt", metavar="TEXT", help="continue this text instead of measuring")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    sets = typing.get_args(typing.get_type_hints(Config)["kernels"])
-    add(
-        "--kernels",
-        choices=sets,
-        default="auto",
-        help="op set that the model runs on (default: auto, the fastest that works here)",
-    )
+    sets = TYPES["kernels"].__args__
+    add("--kernels", choices=sets, default="auto", help="op set that the model runs on (default: auto, the fastest here)")
     args = parser.parse_args(argv)
-    if args.samples < 1:
+    if args.samples is not None and args.samples < 1:
         parser.error(f"--samples={args.samples}: expected 1 or more")
     if args.context < 0:
         parser.error(f"--context={args.context}: expected 0 or more")
@@ -266,14 +255,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.prompt is not None:
-        continue_prompt(args.paths[0], args.prompt, args.device, args.kernels)
+        write_samples(*load(args.paths[0], args.device, args.kernels)[:2], args.prompt)
+        return 0
+    if args.attention:
+        text, file = args.attention
+        check_output("--attention", file, BEGINNINGS[".html"])
+        atomic_write(file, attention_page(args.paths[0], text, args))
+        print(f"page: {file}")
         return 0
     if args.over_steps:
         for path in args.paths:
             over_steps(Path(path), args)
         return 0
     if args.json:
-        check_output("--json", args.json, SCORES_JSON)
+        check_output("--json", args.json, BEGINNINGS["json"])
     if args.plot:
         check_output("--plot", args.plot, PICTURES[Path(args.plot).suffix.lower()])
         runs = [metrics.read(file) if (file := Path(path) / "metrics.jsonl").exists() else [] for path in args.paths]
@@ -282,7 +277,8 @@ def main(argv: list[str]) -> int:
         results.append(evaluate(path, args))
         print(table(results[-1]), end="\n\n", flush=True)
     if args.json:
-        atomic_write(args.json, json.dumps(results, indent=1) + "\n")
+        scores = [{name: value for name, value in result.items() if name != "stripes"} for result in results]
+        atomic_write(args.json, json.dumps(scores, indent=1) + "\n")
     if args.plot:
         from runtime import plots
 

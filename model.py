@@ -158,21 +158,22 @@ class Llama(nn.Module):
             x = block.forward(x, rope)
 
     @torch.no_grad()
-    def generate(self, tokens, n, temperature=0.0, stop=None):
-        """Yields up to n new tokens (B,) after the prompt (B, T): the most likely ones, or samples at a temperature.
+    def generate(self, tokens, n, temperature=0.0, top_k=0):
+        """Yields up to n new tokens (B,) after the prompt (B, T), until the context (seq_len) is full.
 
-        Ends early when a batch of one draws `stop`, and when the context (seq_len) is full.
+        They are the most likely ones, or samples at a temperature, of the top_k most likely ones if it is not 0.
         """
         n = min(n, self.config.seq_len - tokens.shape[1])
         cache = KVCache(self, len(tokens), tokens.shape[1] + n)
         for _ in range(n):
             logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
             if temperature:
+                if top_k:
+                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                    logits = logits.masked_fill(logits < least, -float("inf"))
                 tokens = torch.multinomial((logits / temperature).softmax(-1), 1)  # (B, 1)
             else:
                 tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
-            if stop is not None and len(tokens) == 1 and tokens.item() == stop:
-                return
             yield tokens[:, 0]
 
 

@@ -12,9 +12,13 @@ import weakref
 import numpy as np
 import torch
 
+from measures.batching import progress
+from measures.copying import CopyTest, copy_scores, predict
+from measures.heads import LENGTH, fitting, repeated
 from model import KVCache, Llama
 
 HOW = ("zero", "mean", "pattern")
+REMOVED = (0, 1, 2, 4, 8, 16, 32)  # numbers of heads
 
 
 @contextlib.contextmanager
@@ -167,6 +171,20 @@ def ablation_curve(model: Llama, score_fn, ranking, ks, how="zero", seed=0, cont
         result["random"].append([score(heads) if k else top for heads, _ in filter(None, draws)])
         result["unmatched"].append(max((n for _, n in filter(None, draws)), default=0))
     return result
+
+
+def copying_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how: str, ids: np.ndarray) -> dict:
+    """ablation_curve of the exact match, up to half of all heads; `mean` is taken on random tokens of `ids` that occur twice.
+
+    A progress bar on stderr counts the tokens that the model reads.
+    """
+    ks = [k for k in REMOVED if k <= ranking.size // 2]
+    means = head_means(model, repeated(ids, fitting(model, LENGTH, test.bos), 32, 1, test.bos))
+    curves = sum(1 + 3 * (k > 0) for k in ks) * (2 if how == "pattern" else 1)
+    with progress(model, curves * test.cost(), "ablation"):
+        return ablation_curve(
+            model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking, ks, how, means=means
+        )
 
 
 def matched(top, shape, seed) -> tuple[list[tuple[int, int]], int] | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from errors import UserError
 
-RARE = 1e-5  # share of the training tokens below which an id counts as untrained
+RARE = 1e-5  # share of the training tokens below which an id is hardly trained
 
 
 class Vocabulary(NamedTuple):
@@ -22,9 +22,11 @@ class Vocabulary(NamedTuple):
     hex_ids: list[int] | None = None
     shares: np.ndarray | None = None
 
-    def untrained(self, ids) -> int | None:
-        """How many of `ids` are RARE in the training data; None where it is unknown."""
-        return None if self.shares is None else int(np.isin(self.ids[self.shares < RARE], ids).sum())
+    def untrained(self, ids) -> tuple[int, int] | None:
+        """How many of `ids` never occur in the training data, and how many are RARE there; None where it is unknown."""
+        if self.shares is None:
+            return None
+        return tuple(int(np.isin(self.ids[few], ids).sum()) for few in (self.shares == 0, self.shares < RARE))
 
 
 def default_alphabets(vocabulary: Vocabulary) -> list[str]:

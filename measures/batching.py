@@ -1,19 +1,62 @@
-"""How much of a model's work is in memory at once during an evaluation."""
+"""How much of a model's work an evaluation asks for, how much of it is in memory at once, and how far it is."""
 
+import contextlib
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from model import Llama
 
-TOKENS = 32768  # per forward pass
+TOKENS = 8192  # per forward pass
 ROWS = 4096  # of logits, or of the embedding in float64
+FLOPS = 1e12  # that a measure spends on a CPU, and a hundredth of what it spends elsewhere: about 10 s on two cores
 
 
 def wide(logits):
     """Logits in fp32 or wider: the softmax of bf16 logits has two digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def affordable(model: Llama, tokens: int, most: int, least: int = 4, share: float = 1.0) -> int:
+    """How many samples of `tokens` tokens cost `share` * FLOPS, at 2 FLOPs a parameter and token; from `least` to `most`.
+
+    It depends on the model and the kind of its device alone, so that the same command asks the same questions.
+    """
+    budget = share * FLOPS * (1 if model.embed.weight.device.type == "cpu" else 100)
+    each = 2 * tokens * model.config.n_parameters
+    return min(max(int(budget / each), least), most)
+
+
+@contextlib.contextmanager
+def progress(model: Llama, tokens: int, title: str):
+    """Shows on stderr how many of `tokens` tokens the model has read within this block, from the third second on.
+
+    Off a terminal there is a line each half minute. Every pass counts, whatever asks for it: each block's MLP reports.
+    """
+    terminal = sys.stderr.isatty()
+    seconds = 0.2 if terminal else 30
+    bar = tqdm(
+        total=tokens, desc=title, unit="tok", unit_scale=True, delay=3, mininterval=seconds, maxinterval=max(seconds, 10),
+        smoothing=0, leave=not terminal, dynamic_ncols=terminal,
+    )  # fmt: skip
+
+    def count(module, args, output):  # (B, T, D)
+        bar.update(output.shape[:-1].numel() / len(model.blocks))
+
+    with bar, contextlib.ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.mlp.register_forward_hook(count).remove)
+        yield
+
+
+def batches(model: Llama, *arrays: np.ndarray) -> Iterator[list[torch.Tensor]]:
+    """Yields the rows of arrays (B, ...) as tensors on the model's device, some at a time: TOKENS ids of the first, (B, T)."""
+    step = max(1, TOKENS // arrays[0].shape[1])
+    for i in range(0, len(arrays[0]), step):
+        yield [torch.from_numpy(array[i : i + step]).to(model.embed.weight.device) for array in arrays]
 
 
 @torch.no_grad()
@@ -23,10 +66,7 @@ def logits_at(model: Llama, tokens: np.ndarray, targets: np.ndarray, asked=slice
     targets (B, number of positions asked): the token that should come after each of these positions.
     """
     model.eval()
-    device = model.embed.weight.device
-    batch = max(1, TOKENS // tokens.shape[1])
-    for i in range(0, len(tokens), batch):
-        hidden = model.hidden(torch.from_numpy(tokens[i : i + batch]).to(device))[:, asked].flatten(0, 1)  # (n, D)
-        right = torch.from_numpy(targets[i : i + batch]).to(device).flatten()  # (n,)
-        for x, y in zip(hidden.split(ROWS), right.split(ROWS), strict=True):
+    for some, right in batches(model, tokens, targets):
+        hidden = model.hidden(some)[:, asked].flatten(0, 1)  # (n, D)
+        for x, y in zip(hidden.split(ROWS), right.flatten().split(ROWS), strict=True):
             yield wide(model.lm_head(x)), y

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from measures.batching import logits_at
+from measures.batching import logits_at, progress
 from measures.heads import fitting, repeated
 from model import Llama
 
-INDUCTION_LENGTH, RECALL_LENGTH = 384, 50  # of TransformerLens and of Aoyama et al.
+INDUCTION_LENGTH, RECALL_LENGTH, PAIRS = 384, 50, 16  # of TransformerLens, of Aoyama et al., of key_values
 
 
 def token_losses(model: Llama, windows: np.ndarray) -> np.ndarray:
@@ -60,6 +60,13 @@ def icl_score(losses: np.ndarray, early: int = 50, late: int = 500) -> float | N
     return float(losses[late - 1] - losses[early - 1]) if len(losses) >= late else None
 
 
+def position_scores(model: Llama, windows: np.ndarray) -> dict:
+    """{"icl_50_500", "icl_50_1000", "loss": list of position_losses} on windows (B, T+1), with a progress bar."""
+    with progress(model, windows[:, 1:].size, "held-out text"):
+        losses = position_losses(model, windows)
+    return {f"icl_50_{late}": icl_score(losses, 50, late) for late in (500, 1000)} | {"loss": losses.tolist()}
+
+
 def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, seed: int = 0) -> dict[str, float]:
     """Aoyama et al. 2025: s distinct tokens occur twice, and at each token of the second copy the next one is asked for.
 
@@ -86,7 +93,7 @@ def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, s
     return {"accuracy": torch.cat(hits).mean().item(), "rank": torch.cat(ranks).mean().item()}
 
 
-def key_values(model: Llama, ids, bos: int | None, pairs: int = 16, samples: int = 100, seed: int = 0) -> float:
+def key_values(model: Llama, ids, bos: int | None, pairs: int = PAIRS, samples: int = 100, seed: int = 0) -> float:
     """Multi-query associative recall (Arora et al. 2023): pairs of a key and a value, then the same pairs in another order.
     Returns the share of keys of the second round after which the right value is the likeliest token.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from measures.batching import TOKENS, wide
+from measures.batching import batches, wide
 from measures.statistics import share_interval
 from model import KVCache, Llama
 
@@ -22,13 +22,14 @@ LENGTH = PREFIX + SUFFIX
 
 class CopyTest(NamedTuple):
     """sequences (samples, n, 18) of token ids; asked: which of the n the model is asked for, counted from 0; bos: the first id
-    of the context, or None; separator: an id after each sequence, or None.
+    of the context, or None; separator: an id after each sequence, or None; alphabet: the ids that the tokens are drawn from.
     """
 
     sequences: np.ndarray
     asked: list[int]
     bos: int | None
     separator: int | None = None
+    alphabet: np.ndarray | None = None
 
     def context(self) -> np.ndarray:
         """All sequences, without bos: (samples, n * 18), or (samples, n * 19) with a separator after each."""
@@ -36,6 +37,10 @@ class CopyTest(NamedTuple):
         if self.separator is not None:
             rows = np.pad(rows, ((0, 0), (0, 0), (0, 1)), constant_values=self.separator)
         return rows.reshape(len(rows), -1)
+
+    def cost(self) -> int:
+        """How many tokens the model reads."""
+        return self.context().size + len(self.sequences) * len(self.asked) * (LENGTH - 1)
 
     def suffixes(self) -> np.ndarray:
         """The right answers: (asked, samples, 6)."""
@@ -80,7 +85,8 @@ def make_test(
     for _ in range(1000):
         again = {s: repeats for s in left if (repeats := _repeats(sequences[s])).any()}
         if not again:
-            return CopyTest(sequences, list(range(4, n, 5) if n == SEQUENCES else range(n)), bos, separator)
+            asked = list(range(4, n, 5) if n == SEQUENCES else range(n))
+            return CopyTest(sequences, asked, bos, separator, np.unique(ids))
         for s, repeats in again.items():
             sequences[s, repeats] = draw(int(repeats.sum()))
         left = again
@@ -114,26 +120,23 @@ def predict(model: Llama, test: CopyTest) -> Predictions:
     for each question.
     """
     model.eval()
-    device = model.embed.weight.device
     lead, context = int(test.bos is not None), test.context()
-    pieces, each = -(-context.size // TOKENS), context.shape[1] // test.sequences.shape[1]
-    batches = []
-    for part, sequences in zip(np.array_split(context, pieces), np.array_split(test.sequences, pieces), strict=True):
-        part, sequences = torch.from_numpy(part).to(device), torch.from_numpy(sequences).to(device)
-        if test.bos is not None:
-            part = torch.cat((torch.full_like(part[:, :1], test.bos), part), dim=1)
+    each = context.shape[1] // test.sequences.shape[1]
+    whole = np.pad(context, ((0, 0), (lead, 0)), constant_values=test.bos or 0)
+    found = []
+    for part, sequences in batches(model, whole, test.sequences):
         cache = KVCache(model, len(part), part.shape[1] + LENGTH)
         hidden = model.hidden(part, cache=cache)  # (B, T, D)
-        found = []
+        answers = []
         for i in test.asked:
             cache.length = part.shape[1]
             query = sequences[:, i]  # (B, 18)
             before = lead + i * each + PREFIX - 1  # the position that predicts the first suffix token
             first = model.lm_head(hidden[:, before : before + SUFFIX])
             again = model(query[:, :-1], cache=cache)[:, -SUFFIX:]  # (B, 6, V)
-            found.append([*_predicted(again, query[:, PREFIX:]), *_predicted(first, query[:, PREFIX:])])
-        batches.append([np.stack(kind) for kind in zip(*found, strict=True)])  # (asked, B, 6) each
-    return Predictions(*(np.concatenate(kind, axis=1) for kind in zip(*batches, strict=True)))
+            answers.append([*_predicted(again, query[:, PREFIX:]), *_predicted(first, query[:, PREFIX:])])
+        found.append([np.stack(kind) for kind in zip(*answers, strict=True)])  # (asked, B, 6) each
+    return Predictions(*(np.concatenate(kind, axis=1) for kind in zip(*found, strict=True)))
 
 
 def _predicted(logits, right) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,8 @@ head h uses those of head h // (H / Hkv).
 SCORES holds them all. To add a score, add an entry: tables, JSON, pictures, training and the curves over steps follow it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from errors import UserError
-from measures.batching import ROWS
+from measures.batching import ROWS, batches
 from model import Llama
 
 LENGTH = 100  # s of the paper's section 4
@@ -33,7 +35,8 @@ class Patterns(NamedTuple):
         return self.probs[:, :, self.lead :, self.lead :].diagonal(-back, dim1=-2, dim2=-1)
 
 
-class Given(NamedTuple):
+@dataclasses.dataclass
+class Given:
     """What a score other than of attention is computed from; found: the scores before it in SCORES, by name."""
 
     model: Llama
@@ -41,6 +44,10 @@ class Given(NamedTuple):
     bos: int | None
     seed: int
     found: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def core(self):
+        return embed_unembed(self.model)
 
 
 class Score(NamedTuple):
@@ -84,28 +91,41 @@ def pattern_scores(probs, s: int, lead: int = 0) -> dict:
     return {name: score.attention(patterns).mean((0, 2)) for name, score in SCORES.items() if score.attention}
 
 
-@torch.no_grad()
 def attention_scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
     """pattern_scores of all layers in one pass, (n_layers, n_heads) each; s = 100, or what fits the context.
 
     Raises UserError where two tokens twice do not fit.
     """
+    s, lead = fitting(model, LENGTH, bos), int(bos is not None)
+    return _averaged(model, repeated(ids, s, samples, seed, bos), lambda probs: pattern_scores(probs, s, lead))
+
+
+@torch.no_grad()
+def _averaged(model: Llama, tokens: np.ndarray, score) -> dict[str, np.ndarray]:
+    """The mean over token ids (B, T) of score(probs (some of B, H, T, T)) -> {name: (H,)}: {name: (n_layers, n_heads)}.
+
+    In memory at once are the attention probabilities of one layer and one batch.
+    """
     model.eval()
-    s = fitting(model, LENGTH, bos)
-    layers = [pattern_scores(probs, s, int(bos is not None)) for probs in _maps(model, repeated(ids, s, samples, seed, bos))]
-    return {name: _array([layer[name] for layer in layers]) for name in layers[0]}
+    total = {}
+    for (some,) in batches(model, tokens):
+        layers = [score(probs) for probs in model.attention_maps(some)]
+        for name in layers[0]:
+            values = torch.stack([layer[name] for layer in layers]).cpu().double().numpy()
+            total[name] = total.get(name, 0) + values * (len(some) / len(tokens))
+    return total
 
 
 def scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
     """All SCORES by name, (n_layers, n_heads) each: two passes over random tokens drawn from `ids`, and the weights."""
     found = attention_scores(model, ids, bos, samples, seed)
+    given = Given(model, ids, bos, seed, found)
     for name, score in SCORES.items():
         if score.other:
-            found[name] = score.other(Given(model, ids, bos, seed, found))
+            found[name] = score.other(given)
     return found
 
 
-@torch.no_grad()
 def prefix_matching(model: Llama, ids, bos: int | None, seed: int = 0) -> np.ndarray:
     """Olsson et al. 2022: on 25 random tokens that occur 4 times, the attention from a token to those after its earlier
     occurrences, summed over these, and its mean over all tokens of copies 2 to 4. (n_layers, n_heads).
@@ -113,31 +133,37 @@ def prefix_matching(model: Llama, ids, bos: int | None, seed: int = 0) -> np.nda
     Their appendix says the tokens before the earlier occurrences, and its erratum those after. Here the tokens are drawn from
     all of `ids`; they leave out common and rare ones. Fewer than 25 where the context is short; UserError where 2 do not fit.
     """
-    model.eval()
     s, lead = fitting(model, OLSSON_LENGTH, bos, OLSSON_TIMES), int(bos is not None)
-    layers = []
-    for probs in _maps(model, repeated(ids, s, OLSSON_SAMPLES, seed, bos, OLSSON_TIMES)):
+
+    def score(probs):
         inner = probs[:, :, lead:, lead:]
         # The token after the occurrence m copies ago is m * s - 1 back; the first entry is the last token of copy m.
         after = [inner.diagonal(1 - m * s, dim1=-2, dim2=-1)[..., 1:].sum(-1) for m in range(1, OLSSON_TIMES)]  # (B, H)
-        layers.append(sum(after).mean(0) / ((OLSSON_TIMES - 1) * s))
-    return _array(layers)
+        return {"": sum(after).mean(0) / ((OLSSON_TIMES - 1) * s)}
+
+    return _averaged(model, repeated(ids, s, OLSSON_SAMPLES, seed, bos, OLSSON_TIMES), score)[""]
 
 
 @torch.no_grad()
-def ov_eigenvalues(model: Llama, folded: bool = False) -> np.ndarray:
+def embed_unembed(model: Llama) -> torch.Tensor:
+    """W_E W_U: (D, D) float64 on the CPU."""
+    embed, unembed = model.embed.weight.cpu(), model.lm_head.weight.cpu()  # (V, D)
+    return sum(e.double().T @ u.double() for e, u in zip(embed.split(ROWS), unembed.split(ROWS), strict=True))
+
+
+@torch.no_grad()
+def ov_eigenvalues(model: Llama, folded: bool = False, core=None) -> np.ndarray:
     """The eigenvalues of each head's W_U W_O W_V W_E that its rank does not make 0: (n_layers, n_heads, Dh) complex128.
 
     This matrix says how the head, attending to a token, changes the logit of every token (Elhage et al. 2021). It is (V, V), of
     rank Dh, and shares its eigenvalues with W_V (W_E W_U) W_O, (Dh, Dh), which are computed in float64 on the CPU.
 
     folded: with the gain of the attention's norm in W_V and that of the final norm in W_U. The paper (section 4) prints the
-    product without gains, and so does the default.
+    product without gains, and so does the default. core: embed_unembed(model), where it is known already.
     """
     c = model.config
     split = [n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)]
-    embed, unembed = model.embed.weight.cpu(), model.lm_head.weight.cpu()  # (V, D)
-    core = sum(e.double().T @ u.double() for e, u in zip(embed.split(ROWS), unembed.split(ROWS), strict=True))  # (D, D)
+    core = embed_unembed(model) if core is None else core
     if folded:
         core = core * model.norm.cpu().double()
     values = []
@@ -151,23 +177,14 @@ def ov_eigenvalues(model: Llama, folded: bool = False) -> np.ndarray:
     return np.stack(values).astype(np.complex128)
 
 
-def eigenvalue_score(model: Llama, folded: bool = False) -> np.ndarray:
+def eigenvalue_score(model: Llama, folded: bool = False, core=None) -> np.ndarray:
     """EP (paper, section 4): the sum of a head's OV eigenvalues over that of their moduli, (n_layers, n_heads) in [-1, 1].
 
     1: the head makes whatever token it attends to more likely; 0 for a head whose eigenvalues are all 0.
     """
-    values = ov_eigenvalues(model, folded)
+    values = ov_eigenvalues(model, folded, core)
     total, moduli = values.sum(-1).real, np.abs(values).sum(-1)
     return np.divide(total, moduli, out=np.zeros_like(total), where=moduli > 0)
-
-
-def _maps(model: Llama, tokens: np.ndarray):
-    return model.attention_maps(torch.from_numpy(tokens).to(model.embed.weight.device))
-
-
-def _array(layers: list) -> np.ndarray:
-    """(H,) tensors, one a layer -> (n_layers, n_heads) float64."""
-    return torch.stack(layers).cpu().double().numpy()
 
 
 # Positions in these comments count the repeated tokens from 1: token i occurs at i and at s+i.
@@ -183,9 +200,11 @@ SCORES = {
     "duplicate": Score("duplicate token: attention to itself before", lambda p: p.diagonal(p.s)),
     # From each token to the one before it, `lead` among them.
     "previous": Score("previous token: attention one back", lambda p: p.probs.diagonal(-1, dim1=-2, dim2=-1), headline=True),
-    "prefix_matching": Score("prefix matching (Olsson et al.)", other=lambda g: prefix_matching(*g[:4])),
-    "eigenvalue": Score("", other=lambda g: eigenvalue_score(g.model)),
-    "eigenvalue_folded": Score("OV eigenvalues: writes what it attends to", other=lambda g: eigenvalue_score(g.model, True)),
+    "prefix_matching": Score("prefix matching (Olsson et al.)", other=lambda g: prefix_matching(g.model, g.ids, g.bos, g.seed)),
+    "eigenvalue": Score("", other=lambda g: eigenvalue_score(g.model, False, g.core)),
+    "eigenvalue_folded": Score(
+        "OV eigenvalues: writes what it attends to", other=lambda g: eigenvalue_score(g.model, True, g.core)
+    ),
     # I = attention * eigenvalues (paper, section 4): as printed; and with i from 2 and the gains of the norms folded in.
     "score_paper": Score("", other=lambda g: g.found["induction_paper"] * g.found["eigenvalue"]),
     "score_mended": Score(

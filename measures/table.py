@@ -40,8 +40,10 @@ def _copying(copy: dict) -> list[str]:
         f"  each: share of single tokens right; first: of the first of the {SUFFIX}; loss: nats per token; new: the loss when",
         "  the sequence came for the first time and could not be copied; questions: equal if models were asked the same",
     ]
-    if untrained := [f"{c['untrained']:,} of {name}" for name, c in copy.items() if c["untrained"]]:
-        lines.append(f"  hardly trained (under 1 in 100,000 training tokens): {', '.join(untrained)}")
+    for name, c in copy.items():
+        if c["untrained"] and c["untrained"][1]:
+            never, rare = c["untrained"]
+            lines.append(f"  {name}: {never:,} of its ids never occur in the training data, {rare:,} are less than 1e-5 of it")
     if "text" in copy:
         lines.append(f"  text: {copy['text']['token_unseen']:.3f} of single tokens are right when the passage is new")
     return lines

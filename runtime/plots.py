@@ -19,14 +19,17 @@ LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repe
 
 
 def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str, str]):
-    """One row of panels per evaluated checkpoint: the curves of its run, where runs has rows for it, and maps of its heads.
+    """One row of panels per evaluated checkpoint: the curves of its run, where runs has rows for it, maps of its heads, and the
+    attention of two of them.
 
     results: as eval_copy.evaluate returns them; runs: the rows of metrics.jsonl; maps: score of heads -> title.
     """
     wide = 3 if any(runs) else 0
-    figure = plt.figure(figsize=(4.2 * wide + 3.4, 3.9 * len(results)), layout="constrained")
+    figure = plt.figure(figsize=(4.2 * wide + 6.4, 3.9 * len(results)), layout="constrained")
     rows = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
     for row, result, run in zip(rows, results, runs, strict=True):
+        row, last = row.subfigures(1, 2, width_ratios=(4.2 * wide + 3.4, 3.0))
+        stripes(last.subplots(2, 1), **result["stripes"])
         parts = row.subfigures(1, 2, width_ratios=(4.2 * wide, 3.4), squeeze=False)[0] if wide else [None, row]
         if run:
             best = {f"{name}_max": f"best {title.split(':')[0]} head" for name, title in maps.items()}
@@ -68,6 +71,32 @@ def heat_map(ax, scores, title: str):
     scores = np.array(scores)
     heat(ax, scores, range(len(scores)), range(scores.shape[1]), (0, 1), "{:.2f}" if scores.size <= 64 else None)
     ax.set(title=title, xlabel="head", ylabel="layer")
+
+
+def stripes(axes, s: int, lead: int, heads: dict[str, tuple]):
+    """The attention of two heads on s random tokens that occur twice; see measures.attention.stripes.
+
+    An arrow names the stripe: one back for a previous-token head, s - 1 back for an induction head, which looks from a token's
+    second occurrence at what followed the first.
+    """
+    titles = {"previous": ("previous token", 1, "one back"), "induction": ("induction", s - 1, "to what\nfollowed")}
+    for ax, (name, (layer, head, value, probs)) in zip(axes, heads.items(), strict=True):
+        title, back, label = titles[name]
+        ax.imshow(probs, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        for place in (ax.axhline, ax.axvline):
+            place(lead + s - 0.5, color="0.6", lw=0.7, ls=":")
+        q = lead + s + s // 3
+        ax.annotate(
+            label, (q - back, q), (0.97, 0.95), textcoords="axes fraction", ha="right", va="top", fontsize=7, color=ORANGE,
+            arrowprops={"arrowstyle": "->", "color": ORANGE, "lw": 0.9},
+        )  # fmt: skip
+        middles = [lead + (s - 1) / 2, lead + s + (s - 1) / 2]
+        ax.set_xticks(middles, ["tokens", "again"], fontsize=7)
+        ax.set_yticks(middles, ["tokens", "again"], fontsize=7, rotation=90, va="center")
+        ax.tick_params(length=0)
+        ax.set(title=f"{title}: layer {layer} head {head}, {value:.2f}")
+        ax.set_ylabel("from", fontsize=8)
+        ax.set_xlabel("to", fontsize=8)
 
 
 def panels(n: int):

@@ -3,21 +3,26 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 import eval_copy
+import sample
 from config import ROOT, Config, ModelConfig
 from data import bins
 from data.tokenizer import Chars, load_tokenizer
 from errors import run_command
 from kernels import eager
-from measures import heads
+from measures import batching, heads
+from measures.batching import affordable
 from measures.copying import predict
 from model import Llama
 from runtime import checkpoint, metrics, plots
+from sample import load
 from tests.conftest import heed_interrupts, write_dataset
 from tests.handbuilt import induction_model
 
@@ -171,18 +176,63 @@ def test_held_out_text_is_a_default_alphabet_where_it_is_given(tmp_path, capsys)
 def test_what_is_known_of_the_training_data_shows(tmp_path, capsys, monkeypatch):
     tokenizer = Chars(300)
     save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
-    original = eval_copy.tokenizer_from_state
+    original = sample.tokenizer_from_state
 
     def counted(state):
         tokenizer = original(state)
         tokenizer.counts = np.append(np.arange(300) ** 2, 10**5) * (np.arange(301) > 40)
+        tokenizer.counts[41:44] = 1  # of 9 million
         return tokenizer
 
-    monkeypatch.setattr(eval_copy, "tokenizer_from_state", counted)
+    monkeypatch.setattr(sample, "tokenizer_from_state", counted)
     assert eval_copy.main([str(tmp_path), "--samples=100", "--json", str(tmp_path / "x.json")]) == 0
     copy = json.loads((tmp_path / "x.json").read_text())[0]["copy"]
-    assert list(copy) == ["full", "hex16", "top128"] and copy["full"]["untrained"] == 41 and copy["top128"]["untrained"] == 0
-    assert "hardly trained (under 1 in 100,000 training tokens): 41 of full" in capsys.readouterr().out
+    assert (
+        list(copy) == ["full", "hex16", "top128"]
+        and copy["full"]["untrained"] == [41, 44]
+        and copy["top128"]["untrained"] == [0, 0]
+    )
+    printed = capsys.readouterr().out
+    assert "full: 41 of its ids never occur in the training data, 44 are less than 1e-5 of it" in printed
+    assert "top128: " not in printed
+
+
+def test_the_default_number_of_samples_is_what_a_few_minutes_on_two_cores_allow():
+    shapes = {
+        "SmolLM2-135M": ModelConfig(576, 30, 9, 3, hidden_dim=1536, vocab_size=49152, seq_len=1024, tie_embeddings=True),
+        "demo": ModelConfig(64, 2, 2, hidden_dim=128, vocab_size=65, seq_len=128),
+    }
+    samples = {}
+    for name, config in shapes.items():
+        model = SimpleNamespace(config=config, embed=SimpleNamespace(weight=torch.zeros(1)))
+        samples[name] = eval_copy.copy_samples(model, config.seq_len, eval_copy.parse(["x"]))
+        cost = {k: (affordable(model, tokens, most), tokens) for k, (most, tokens) in eval_copy.SAMPLES.items()}
+        tokens = sum(n * each for n, each in cost.values()) + 2 * samples[name] * 1080  # two alphabets
+        assert 2 * config.n_parameters * tokens < 1.6e13  # three minutes at 90 GFLOP/s
+        assert eval_copy.copy_samples(model, config.seq_len, eval_copy.parse(["x", "--samples=3"])) == 3
+    assert samples == {"SmolLM2-135M": 17, "demo": 500}
+
+
+def test_the_progress_bar_ends_near_its_total_and_a_short_evaluation_shows_none(tmp_path, capsys, monkeypatch):
+    tokenizer = Chars(300)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    assert eval_copy.main([str(tmp_path), "--samples=5", "--ablate=zero"]) == 0
+    first = capsys.readouterr()
+    assert first.err == ""
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"delay": 0})
+            bars.append(self)
+
+    monkeypatch.setattr(batching, "tqdm", Bar)
+    assert eval_copy.main([str(tmp_path), "--samples=5", "--ablate=zero"]) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out and "scores: " in again.err and "ablation: " in again.err
+    for bar in bars:  # shorter in places, where bos or the vocabulary makes it so, and prefix matching is left out
+        assert bar.n == pytest.approx(bar.total, rel=0.1), bar.desc
+    assert len(bars) == 2 and not load(tmp_path)[0].blocks[0].mlp._forward_hooks
 
 
 def test_an_interrupt_is_one_line_and_status_130(tmp_path):
@@ -246,6 +296,8 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["ckpt.pt", "--samples=1", "--json", str(tmp_path / "no/x.json")], "no/x.json"),
         (["ckpt.pt", "--alphabet", "top4"], "alphabet=top4: how often each id occurs in the training data is not known"),
         (["ckpt.pt", "--alphabet", "text"], "pass --data=FOLDER"),
+        (["ckpt.pt", "--attention", "a" * 96, str(tmp_path / "x.html")], "prompt of 97 tokens"),
+        (["ckpt.pt", "--attention", "a", str(tmp_path / "no/x.html")], "no/x.html: cannot be written"),
         (["ckpt.pt", "--context=97"], "--context=97: this model's context is 96"),
         (["ckpt.pt", "--samples=0"], "--samples=0: expected 1 or more"),
         (["run", "--plot", str(tmp_path / "x.png")], "metrics.jsonl"),

@@ -19,7 +19,8 @@ ALLOWED = {
     "data": {"config"},
     "hf": {"measures", "model", "runtime", "data", "config"},
     "paper": {"measures", "model", "runtime", "data", "config"},
-    "eval_copy": {"measures", "model", "runtime", "data", "hf", "kernels", "config"},
+    "sample": {"model", "runtime", "data", "hf", "kernels", "config"},
+    "eval_copy": {"sample", "measures", "model", "runtime", "data", "hf", "kernels", "config"},
 }
 EVERYTHING = set(ALLOWED) | {"train", "reproduce", "bench", "benchmarks"}
 ALLOWED |= {name: EVERYTHING for name in ("train", "reproduce", "bench", "benchmarks")}

@@ -147,7 +147,8 @@ def test_alphabets_of_the_training_data():
     tests = make_tests(tokenizer, 128, 300, ["freq", "full"])
     used, times = np.unique(tests["freq"].sequences, return_counts=True)
     assert set(used) <= set(ids) and times[-20:].mean() > 3 * times[:20].mean()
-    assert ours.untrained(np.unique(tests["full"].sequences)) == 129 and ours.untrained([1, 2]) == 0
+    assert ours.untrained(np.unique(tests["full"].sequences)) == (129, 129)
+    assert ours.untrained([0, 1, 2]) == (1, 1) and vocabulary(Bytes()).untrained([1]) is None
     assert default_alphabets(ours) == ["full", "hex16", "top128"]
     assert list(make_tests(tokenizer, 128, 3)) == ["full", "hex16", "top128"]
     with_separator = make_tests(tokenizer, 128, 3, ["freq"], separator=True)["freq"]

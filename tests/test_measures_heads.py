@@ -1,6 +1,7 @@
 """The scores of heads, against closed forms, a model whose weights are set by hand, and products written out."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from config import ModelConfig
 from data.tokenizer import Bytes
 from errors import UserError
 from kernels import eager
-from measures import heads
+from measures import batching, heads
 from model import Llama
 from tests.handbuilt import induction_model, uniform_model
 
@@ -205,6 +206,28 @@ def test_the_same_arguments_give_the_same_scores_and_the_model_is_as_before():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     another = heads.scores(model, LETTERS, 39, samples=3, seed=1)
     assert not any(np.array_equal(one[name], another[name]) for name in ("induction", "prefix_matching"))
+
+
+def test_one_layer_s_attention_of_one_batch_is_in_memory_at_once(monkeypatch):
+    model = small_model()
+    whole = heads.scores(model, LETTERS, 39, samples=7)
+    alive, most, original = set(), 0, model.attention_maps
+
+    def attention_maps(tokens):
+        nonlocal most
+        for probs in original(tokens):
+            alive.add(id(probs))
+            weakref.finalize(probs, alive.discard, id(probs))
+            assert len(probs) * probs.shape[-1] <= 130
+            most = max(most, len(alive))
+            yield probs
+
+    monkeypatch.setattr(model, "attention_maps", attention_maps)
+    monkeypatch.setattr(batching, "TOKENS", 130)  # two samples of 63 tokens; seven are not a multiple
+    parts = heads.scores(model, LETTERS, 39, samples=7)
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=0, atol=1e-6, err_msg=name)
+    assert most <= 2  # that of a layer is freed once the next one's is there
 
 
 def test_a_context_too_short_for_two_tokens_is_named():

@@ -312,13 +312,6 @@ def test_generate_stops_at_the_end_of_the_context():
     assert len(list(model.generate(some_tokens(T=48), 100))) == 0
 
 
-def test_generate_stops_where_a_batch_of_one_draws_stop():
-    model, tokens = llama(), some_tokens(B=1, T=10)
-    new = [t.item() for t in model.generate(tokens, 20)]
-    first = new.index(new[8])
-    assert [t.item() for t in model.generate(tokens, 20, stop=new[8])] == new[:first]
-
-
 def test_generate_draws_from_the_softmax_at_a_temperature():
     model, n = llama(seq_len=8), 20000
     prompt = torch.tensor([[3, 1, 4]])
