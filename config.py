@@ -25,8 +25,8 @@ PATHS = ("data", "out_dir", "init_from")
 # The settings that may differ between a checkpoint and the run that resumes it. None of them changes an update already made.
 MAY_CHANGE = {
     "data", "out_dir", "prepare", "max_steps", "eval_interval", "eval_batches", "copy_eval_interval", "log_interval",
-    "ckpt_interval", "ckpt_keep", "ckpt_milestones", "milestone_interval", "resume", "allow_changes", "device", "compile",
-    "kernels", "micro_batch_size",
+    "log_to", "ckpt_interval", "ckpt_keep", "ckpt_milestones", "milestone_interval", "resume", "allow_changes", "device",
+    "compile", "kernels", "micro_batch_size",
     "init_from",  # only a new run reads it; runtime.resume refuses another source than the one that the run started from
 }  # fmt: skip
 # Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
@@ -131,6 +131,7 @@ class Config(ModelConfig):
     eval_batches: int = setting(4, "validation batches, of batch_size sequences each")
     copy_eval_interval: int = setting(1000, "updates between copy tests; 0: never")
     log_interval: int = setting(10, "updates between log lines")
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "log to TensorBoard or Weights & Biases too")
     ckpt_interval: int = setting(1000, "updates between checkpoints")
     ckpt_keep: int = setting(2, "newest checkpoints to keep; an older one replaces a damaged one on resume")
     ckpt_milestones: bool = setting(False, "keep the weights of steps 1, 2, 4 ... 512, and of each milestone_interval")
@@ -142,7 +143,10 @@ class Config(ModelConfig):
     init_from: str = setting("", "weights of a new run: a checkpoint, a run directory or a Hugging Face Llama folder")
 
     device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
-    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations; auto: bf16 on CUDA, else fp32")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto",
+        "dtype of activations; auto: bf16 on GPUs that have it and CPUs where it is faster, fp16 on older GPUs, else fp32",
+    )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
         "auto", "op set: Triton, PyTorch's fused kernels or the definitions; auto: fused where Triton fits, else sdpa"

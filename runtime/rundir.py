@@ -16,9 +16,9 @@ import filelock
 from config import Config
 from errors import UserError
 from files import atomic_write
-from runtime import checkpoint, metrics
+from runtime import checkpoint, loggers, metrics
 
-OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png")
+OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png", "tensorboard", "wandb")
 
 
 def check(path) -> Path:
@@ -74,11 +74,14 @@ def was_stopped(path) -> bool:
     return True
 
 
-def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metrics:
-    """Writes config.json and returns the rows of metrics.jsonl up to `step`. What another run left here is moved aside first:
-    everything for a new run, and for one that resumes at `step` the checkpoints after it.
+@contextlib.contextmanager
+def begin(path: Path, config: Config, step: int) -> metrics.Metrics:
+    """Writes config.json and opens metrics.jsonl, with its rows up to `step`, and the logger that config.log_to names.
+
+    What another run left here is moved aside first: everything for a new run, at step 0, and the checkpoints after `step` for
+    one that resumes.
     """
-    if is_new:
+    if step == 0:
         old = [file for pattern in OF_A_RUN for file in sorted(path.glob(pattern))]
         old = old if any(file.suffix == ".pt" for file in old) or metrics.has_updates(path / "metrics.jsonl") else []
     else:
@@ -92,4 +95,5 @@ def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metric
         print(f"moved what an earlier run left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return rows
+    with loggers.opened(path, config, step, rows.before) as rows.log:
+        yield rows
