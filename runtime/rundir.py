@@ -36,7 +36,7 @@ def check(path) -> Path:
 def locked(path: Path):
     """Holds the run directory, which is made, until the block ends. Raises UserError if another run holds it."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / "run.lock", timeout=0)
+    lock = filelock.FileLock(path / "run.lock", timeout=1)  # longer than is_running holds it
     owner = path / "run.pid"
     try:
         lock.acquire()
@@ -55,6 +55,15 @@ def locked(path: Path):
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
+
+
+def is_running(path: Path) -> bool:
+    """Returns whether a run holds the run directory."""
+    try:
+        with filelock.FileLock(path / "run.lock", timeout=0) if (path / "run.lock").exists() else contextlib.nullcontext():
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def record_stop(path: Path):
