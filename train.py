@@ -105,7 +105,6 @@ class Run:
         dtype = distributed.pick_training_dtype(config, world, state)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
         self.config = config = dataclasses.replace(config, dtype=dtype, kernels=ops.__name__.removeprefix("kernels."))
-        self.stop.interpreted = config.kernels == "fused" and world.device.type == "cpu"
         self.model = Llama(config.model(), ops, distributed.DTYPES[dtype]).to(world.device)
 
         # Optimizer
@@ -250,7 +249,7 @@ def update(step, model, optimizer, loss_scale: LossScale, train_bin, config: Con
         x, y = distributed.on_device(train_bin.windows(windows), world.device)  # (micro, T) each
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
-        with no_sync, stop.in_interpreter():
+        with no_sync:
             loss = model(x, y, seed=dropout_seeds(config, position, micro, world.device)) * (micro / per_rank)
             (loss * scale).backward()
         own += loss.detach()

@@ -1,6 +1,5 @@
 """Process group setup, device selection and signal handling."""
 
-import contextlib
 import ctypes
 import inspect
 import os
@@ -50,10 +49,6 @@ class World:
         flags = torch.tensor([int(flag)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(flags.item())
-
-    def wait(self):
-        """Returns when all ranks are here."""
-        self.any(False)
 
     def on_rank_0(self, f):
         """Calls f on rank 0 while the other ranks wait, and returns its result there; if it raises, all ranks raise."""
@@ -137,7 +132,6 @@ class StopSignal:
         self.world = world
         self.asked = False
         self.inside = False  # code that a signal may interrupt
-        self.interpreted = False  # whether Triton's interpreter runs the model
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
@@ -152,17 +146,6 @@ class StopSignal:
         """Raises Stopped on all ranks if any of them has been asked to stop."""
         if self.world.any(self.asked):
             raise Stopped
-
-    @contextlib.contextmanager
-    def in_interpreter(self):
-        """Lets a signal stop the block between two operations if Triton's interpreter runs it, whose kernels take minutes."""
-        self.inside = self.interpreted and self.world.size == 1
-        try:
-            yield
-        except self.Interrupt:
-            raise Stopped from None
-        finally:
-            self.inside = False
 
     def interruptible(self, f):
         """Returns f(). A signal cuts it short: all ranks raise Stopped. f must not change the run nor wait for other ranks."""

@@ -16,6 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import PolyCollection
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from config import Parser
@@ -27,7 +29,6 @@ BLACK, ORANGE, BLUE, GREEN = "#000000", "#D55E00", "#0072B2", "#009E73"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1)))]
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
 PANELS = ("loss (nats per token)", "attention of the best heads", "copying accuracy")
-BAND = "band: lowest to highest seed"
 POLL = 2.0  # seconds between two looks at a run that is watched
 
 
@@ -61,9 +62,6 @@ def run_curves(axes, rows: list[dict]):
         for kind, text in {"copy_exact_": "all six", "copy_token_": "each token"}.items():
             if name.startswith(kind):
                 copying[name] = f"{name.removeprefix(kind)}: {text}"
-    axes[0].plot(
-        *zip(*((r["tokens"], r["loss"]) for r in rows if "loss" in r), strict=True), color="0.8", lw=0.8, label="training"
-    )
     for ax, title, names in zip(axes, PANELS, (LOSSES, heads, copying), strict=True):
         for name, label in names.items():
             lines(ax, {label: [rows]}, name, "tokens")
@@ -71,6 +69,8 @@ def run_curves(axes, rows: list[dict]):
             label = f"{what} at {EngFormatter(sep='', places=1)(tokens)}" if ax is axes[1] else None
             ax.axvline(tokens, color="0.45", lw=0.9, ls=style, label=label)
         ax.set(title=title, xlabel="training tokens", ylim=(0, None) if ax is axes[0] else (-0.03, 1.05))
+    losses = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+    axes[0].plot(*zip(*losses, strict=True), color="0.8", lw=0.8, zorder=1, label="training batches")
 
 
 def baselines(ax, name: str, levels: dict[int, float]):
@@ -102,10 +102,13 @@ def save(figure, file: str | Path, dpi=110):
     """Writes the picture in the format of the file's suffix, a legend below each panel that has labels."""
     for ax in figure.axes:
         ax.title.set_fontsize(10)
-        labels = ax.get_legend_handles_labels()[1]
+        handles, labels = ax.get_legend_handles_labels()
+        if any(isinstance(area, PolyCollection) for area in ax.collections):
+            handles.append(Patch(color="0.85"))
+            labels.append("range over seeds")
         if labels:
             columns = min(len(labels), max(1, 54 // max(map(len, labels))))
-            ax.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+            ax.legend(handles, labels, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     picture = io.BytesIO()
     # The layout of subfigures leaves tick labels at the edge out of account; a tight box does not.
     figure.savefig(picture, format=Path(file).suffix.lstrip(".").lower(), dpi=dpi, bbox_inches="tight")
@@ -125,8 +128,7 @@ def lines(ax, data: dict[str, list[list[dict]]], name: str, axis: str = "step"):
             colour, style = LINES[len(ax.lines) % len(LINES)]
             ax.plot(xs, mean, color=colour, ls=style, lw=1.6, label=label)
             if len(seeds) > 1:
-                known = BAND in ax.get_legend_handles_labels()[1]
-                ax.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0, label=None if known else BAND)
+                ax.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 

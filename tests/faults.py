@@ -118,20 +118,6 @@ def slow_micro_batches():
     train.dropout_seeds = lambda *args: (print("micro-batch", flush=True), time.sleep(0.25), seeds(*args))[2]
 
 
-def say_when(part: str):
-    """Says when the forward or the backward pass has begun, in this process's first block."""
-    from model import Block
-
-    name = {"forward": "register_forward_pre_hook", "backward": "register_full_backward_pre_hook"}[part]
-    init = Block.__init__
-
-    def hooked(self, *args):
-        init(self, *args)
-        getattr(self, name)(lambda *_: print(f"in {part}", flush=True))
-
-    Block.__init__ = hooked
-
-
 def no_save():
     """Checkpoints cannot be written."""
     from runtime import checkpoint

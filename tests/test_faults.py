@@ -308,24 +308,6 @@ def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_
         assert state["step"] == 16 and state["skipped"] == rows[-1]["skipped"] == 11
 
 
-@pytest.mark.parametrize("part", ["forward", "backward"])
-def test_a_signal_stops_a_step_in_tritons_interpreter_between_two_operations(settings, part):
-    """A step that takes a minute or more, which is not waited for. It changes nothing."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    settings = settings | dict(dim=64, n_layers=5, n_heads=4, max_steps=2, eval_interval=0, kernels="fused")
-    process = faults.start(settings, functools.partial(faults.say_when, part))
-    log = faults.log_of(settings)
-    wait_for(lambda: log.exists() and f"in {part}" in log.read_text(), 300)
-    assert "kernels=fused on a CPU runs in Triton's interpreter" in log.read_text()
-    with fault("SIGTERM in Triton's interpreter"):
-        time.sleep(0.5)
-        started = time.monotonic()
-        process.terminate()
-        process.join(60)
-        assert process.exitcode == 3 and time.monotonic() - started < 15
-        assert "stopped before the first update" in log.read_text()
-
-
 def test_a_second_sigint_ends_it_at_once(settings):
     """In the middle of a step that takes a minute, which the first one would wait for."""
     process = faults.start(settings, faults.slow_update)
