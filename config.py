@@ -211,9 +211,8 @@ def load(argv: list[str]) -> Config:
     for name in PATHS:
         if isinstance(values.get(name), str) and values[name]:
             values[name] = os.path.relpath(ROOT / values[name])
-    given = {name: parse(name, text) for name, text in given.items()}
-    if not given.get("out_dir", True):  # --out_dir= with nothing behind it, as from an unset variable of a shell
-        del given["out_dir"]
+    # --out_dir= with nothing behind it comes from an unset variable of a shell.
+    given = {name: parse(name, text) for name, text in given.items() if (name, text) != ("out_dir", "")}
     return from_dict(values | given)
 
 
@@ -232,13 +231,10 @@ def read_file(path: Path) -> dict:
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
-        line = next((f":{t.lineno}" for t in reversed(_frames(e)) if t.filename == str(path)), "")
+        frames = [e] if isinstance(e, SyntaxError) else reversed(traceback.extract_tb(e.__traceback__))
+        line = next((f":{frame.lineno}" for frame in frames if frame.filename == str(path)), "")
         raise UserError(f"{path}{line}: {type(e).__name__}: {e}") from None
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))}
-
-
-def _frames(e: BaseException) -> list:
-    return [e] if isinstance(e, SyntaxError) else list(traceback.extract_tb(e.__traceback__))
 
 
 def from_dict(values: dict) -> Config:

@@ -67,12 +67,11 @@ def wandb(out: Path, config: Config, step: int, known: dict[int, dict]):
         line = str(e).splitlines()[0]
         raise UserError(f"log_to=wandb: {line}; log in with: wandb login, or set WANDB_MODE=offline") from None
     with run:
-        run.define_metric("*", step_metric="step")
 
         def log(row: dict):
             new = {name: value for name, value in numbers(row).items() if name not in known.get(row["step"], {})}
             if new:  # wandb takes nothing back: rows that an update made again wrote before are there already
-                run.log(new | {"step": row["step"]})
+                run.log(new, step=row["step"])
 
         yield log
 

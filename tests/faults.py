@@ -128,6 +128,14 @@ def no_save():
     checkpoint.save = save
 
 
+def high_loss_scale(scale: float):
+    """The loss scale of fp16 begins so high that gradients overflow until it has been halved several times."""
+    from runtime.optim import LossScale
+
+    init = LossScale.__init__
+    LossScale.__init__ = lambda self, *args: (init(self, *args), self.scale.fill_(scale))[0]
+
+
 def slow_update():
     """The first pass takes a minute."""
     import train

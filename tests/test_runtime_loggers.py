@@ -65,17 +65,18 @@ def wandb_records(file: Path):
 
 def test_wandb_shows_each_step_once_after_a_resume(settings, monkeypatch):
     """Offline. Values are written as JSON, so they are equal."""
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}.items():
         monkeypatch.setenv(name, value)
     rows = resumed(settings, log_to="wandb")
+    wandb.teardown()  # its process writes on after a run has ended
     curve, ids = [], set()
     for file in sorted(Path(settings["out_dir"]).glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
         ids.add(file.stem)
         for record in wandb_records(file):
             found = {item.key or item.nested_key[0]: float(item.value_json) for item in record.history.item}
             if "loss" in found:
-                curve.append((found["step"], found["loss"]))
+                curve.append((found["_step"], found["loss"]))
     assert curve == [(row["step"], row["loss"]) for row in rows if "loss" in row] and len(ids) == 1
 
 
