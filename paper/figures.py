@@ -51,6 +51,7 @@ def figure_a(data, scale, file):
     for name, text in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
         lines(right, {text: seeds}, name, "tokens")
     shared.describe(left, scale.copying, "tokens")
+    left.set(title="copying")
     shared.describe(right, "val_loss", "tokens")
     save(picture, file)
 
