@@ -25,8 +25,8 @@ PATHS = ("data", "out_dir", "init_from")
 # The settings that may differ between a checkpoint and the run that resumes it. None of them changes an update already made.
 MAY_CHANGE = {
     "data", "out_dir", "prepare", "max_steps", "eval_interval", "eval_batches", "copy_eval_interval", "log_interval",
-    "ckpt_interval", "ckpt_keep", "ckpt_milestones", "milestone_interval", "resume", "allow_changes", "device", "compile",
-    "kernels", "micro_batch_size",
+    "log_to", "ckpt_interval", "ckpt_keep", "ckpt_milestones", "milestone_interval", "resume", "allow_changes", "device",
+    "compile", "kernels", "micro_batch_size",
     "init_from",  # only a new run reads it; runtime.resume refuses another source than the one that the run started from
 }  # fmt: skip
 # The settings of the model's shape that older checkpoints lack. The defaults are what they were made with.
@@ -62,8 +62,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def setting(default, doc: str):
-    return field(default=default, metadata={"doc": doc})
+def setting(default, doc: str, least=None):
+    return field(default=default, metadata={"doc": doc, "least": least})
 
 
 @dataclass(frozen=True)
@@ -124,31 +124,32 @@ class Config(ModelConfig):
     data: str = setting("data/redpajama", "folder with train.bin and val.bin")
     prepare: str = setting("", "arguments of `python -m data.prepare` that make this data")
     out_dir: str = setting("", "run directory; empty: runs/<config name>")
-    seed: int = setting(0, "seed of the weights, the data order and dropout")
+    seed: int = setting(0, "seed of the weights, the data order and dropout", least=0)
 
-    batch_size: int = setting(512, "sequences per update, over all ranks and gradient accumulation steps")
-    micro_batch_size: int = setting(64, "sequences per device and gradient accumulation step, at most")
-    max_steps: int = setting(76294, "number of updates")
+    batch_size: int = setting(512, "sequences per update, over all ranks and gradient accumulation steps", least=1)
+    micro_batch_size: int = setting(64, "sequences per device and gradient accumulation step, at most", least=1)
+    max_steps: int = setting(76294, "number of updates", least=0)
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for all else")
     learning_rate: float = setting(4e-4, "peak learning rate")
     min_lr: float = setting(0.0, "learning rate at the end of a cosine or wsd schedule")
-    warmup_steps: int = setting(2000, "updates of linear warm-up")
+    warmup_steps: int = setting(2000, "updates of linear warm-up", least=0)
     schedule: Literal["constant", "cosine", "wsd"] = setting(
         "constant", "after warm-up; wsd: constant, then linear decay over the last fifth of the run"
     )
-    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only")
+    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only", least=0)
     beta1: float = setting(0.9, "AdamW's decay of the first moment")
     beta2: float = setting(0.999, "AdamW's decay of the second moment")
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
 
-    eval_interval: int = setting(1000, "updates between validations; 0: never")
-    eval_batches: int = setting(4, "validation batches, of batch_size sequences each")
-    copy_eval_interval: int = setting(1000, "updates between copy tests; 0: never")
-    log_interval: int = setting(10, "updates between log lines")
-    ckpt_interval: int = setting(1000, "updates between checkpoints")
-    ckpt_keep: int = setting(2, "newest checkpoints to keep; an older one replaces a damaged one on resume")
+    eval_interval: int = setting(1000, "updates between validations; 0: never", least=0)
+    eval_batches: int = setting(4, "validation batches, of batch_size sequences each", least=1)
+    copy_eval_interval: int = setting(1000, "updates between copy tests; 0: never", least=0)
+    log_interval: int = setting(10, "updates between log lines", least=1)
+    log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "log to TensorBoard or Weights & Biases too")
+    ckpt_interval: int = setting(1000, "updates between checkpoints", least=1)
+    ckpt_keep: int = setting(2, "newest checkpoints to keep; an older one replaces a damaged one on resume", least=1)
     ckpt_milestones: bool = setting(False, "keep the weights of steps 1, 2, 4 ... 512, and of each milestone_interval")
-    milestone_interval: int = setting(1000, "updates between milestones")
+    milestone_interval: int = setting(1000, "updates between milestones", least=1)
     resume: str = setting("auto", "auto: from the run directory's newest checkpoint; none: start anew; or a checkpoint file")
     allow_changes: bool = setting(
         False, "let a resumed run change the learning rate and its schedule, weight decay, betas, clipping and dropout"
@@ -156,7 +157,10 @@ class Config(ModelConfig):
     init_from: str = setting("", "weights of a new run: a checkpoint, a run directory or a Hugging Face Llama folder")
 
     device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
-    dtype: Literal["auto", "fp32", "bf16"] = setting("auto", "dtype of activations; auto: bf16 on CUDA, else fp32")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto",
+        "dtype of activations; auto: bf16 on GPUs that have it and CPUs where it is faster, fp16 on older GPUs, else fp32",
+    )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
         "auto", "op set: Triton, PyTorch's fused kernels or the definitions; auto: fused where Triton fits, else sdpa"
@@ -165,12 +169,9 @@ class Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         _check(self, "vocab_size", self.vocab_size <= 65536, "must fit uint16 tokens: at most 65536")
-        for name in (
-            "batch_size", "micro_batch_size", "eval_batches", "log_interval", "ckpt_interval", "ckpt_keep", "milestone_interval"
-        ):  # fmt: skip
-            _check(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("seed", "max_steps", "warmup_steps", "eval_interval", "copy_eval_interval", "grad_clip", "weight_decay"):
-            _check(self, name, getattr(self, name) >= 0, "must be at least 0")
+        for f in dataclasses.fields(self):
+            least = f.metadata["least"]
+            _check(self, f.name, least is None or getattr(self, f.name) >= least, f"must be at least {least}")
         _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
         _check(self, "min_lr", 0 <= self.min_lr <= self.learning_rate, f"must lie in 0..learning_rate={self.learning_rate}")
         for name in ("beta1", "beta2"):
@@ -223,9 +224,8 @@ def load(argv: list[str]) -> Config:
     for name in PATHS:
         if isinstance(values.get(name), str) and values[name]:
             values[name] = os.path.relpath(ROOT / values[name])
-    given = {name: parse(name, text) for name, text in given.items()}
-    if not given.get("out_dir", True):  # --out_dir= with nothing behind it, as from an unset variable of a shell
-        del given["out_dir"]
+    # --out_dir= with nothing behind it comes from an unset variable of a shell.
+    given = {name: parse(name, text) for name, text in given.items() if (name, text) != ("out_dir", "")}
     return from_dict(values | given)
 
 
@@ -246,13 +246,10 @@ def read_file(path: Path) -> dict:
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:
-        line = next((f":{t.lineno}" for t in reversed(_frames(e)) if t.filename == str(path)), "")
+        frames = [e] if isinstance(e, SyntaxError) else reversed(traceback.extract_tb(e.__traceback__))
+        line = next((f":{frame.lineno}" for frame in frames if frame.filename == str(path)), "")
         raise UserError(f"{path}{line}: {type(e).__name__}: {e}") from None
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))}
-
-
-def _frames(e: BaseException) -> list:
-    return [e] if isinstance(e, SyntaxError) else list(traceback.extract_tb(e.__traceback__))
 
 
 def from_dict(values: dict, kind=Config):

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from config import ROOT, Parser
 from data import prepare
@@ -116,7 +117,7 @@ class Runs:
         many = self.name == "paper" and gpus > 1
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if many else []
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{variant} seed {seed}: python {' '.join([*torchrun, 'train.py', *argv])}", flush=True)
+        tqdm.write(f"{variant} seed {seed}: python {' '.join([*torchrun, 'train.py', *argv])}")
         status = self.run([*torchrun, "train.py", *argv], folder, left)
         if status not in (0, 3, -15) and not (many and status == 1):
             raise self.failure(folder)
@@ -174,12 +175,11 @@ def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
         c = configs[pair[0]]
         return c.max_steps * c.batch_size * c.seq_len
 
-    pairs = [(name, seed) for name in names for seed in runs.seeds(name)]
+    pairs = sorted(((name, seed) for name in names for seed in runs.seeds(name)), key=tokens, reverse=True)
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        return all(
-            list(pool.map(one, sorted(pairs, key=tokens, reverse=True)))
-        )  # the longest first, so no core waits at the end
+        # The longest come first, so that no core waits at the end.
+        return all(list(tqdm(pool.map(one, pairs), total=len(pairs), unit="run", disable=None)))
     except BaseException:  # Ctrl-C, or a run failed: the others save, and the same command resumes them
         runs.stopping = True
         pool.shutdown(wait=False, cancel_futures=True)

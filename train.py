@@ -31,14 +31,14 @@ from torch import nn
 import eval_copy
 import kernels
 from config import Config
-from data import bins, prepare
+from data import bins
 from data.meta import load_meta
 from data.tokenizer import load_tokenizer
 from hf import folder as huggingface
 from model import Llama
-from runtime import checkpoint, distributed, metrics, resume, rundir
+from runtime import checkpoint, distributed, loggers, metrics, resume, rundir
 from runtime.compiling import compile_blocks
-from runtime.optim import learning_rate, make_optimizer
+from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
 from runtime.validation import validate
 
 
@@ -65,10 +65,10 @@ def train(config: Config, world: distributed.World) -> int:
     run = Run(config, world)
     with contextlib.ExitStack() as stack:
         world.on_rank_0(lambda: stack.enter_context(rundir.locked(run.out)))
-        run.begin()
         if run.step >= config.max_steps:
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0
+        run.rows = world.on_rank_0(lambda: stack.enter_context(rundir.begin(run.out, run.config, run.step)))
         return run.loop()
 
 
@@ -79,55 +79,52 @@ class Run:
         # Settings
         self.world = world
         self.out = rundir.check(config.out_dir)
+        self.stop = distributed.StopSignal(world)
+        loggers.check(config)
         split_batch(config, world)
 
         # Data
-        folder = data_folder(config, world)
+        folder = Path(config.data)
+        if not bins.files(folder / "train.bin"):
+            options = shlex.join([*shlex.split(config.prepare), f"--out={folder}"]) if config.prepare else "--help"
+            raise UserError(f"{folder}/train.bin: not found; make it with: python -m data.prepare {options}")
         self.train_bin = bins.Bin(folder / "train.bin", config.seq_len, config.vocab_size)
         self.val_bin = bins.Bin(folder / "val.bin", config.seq_len, config.vocab_size)
         self.meta = load_meta(folder)
         self.tokenizer = load_tokenizer(folder, config.vocab_size)
         self.fingerprint = bins.fingerprint(folder)
-        self.copy_tests = copy_tests(config, self.tokenizer)
+        self.copy_tests = {}
+        if config.copy_eval_interval:  # fewer samples than eval_copy.py takes, the same at every step
+            self.copy_tests = eval_copy.make_tests(self.tokenizer, config.seq_len, samples=50)
         check_data(config, self.train_bin, self.tokenizer)
 
-        # Model and optimizer
-        self.stop = distributed.StopSignal(world)
+        # Model
+        path, state = resume.newest(config, self.fingerprint, world)
         distributed.check_memory(config, world.device)
         torch.manual_seed(config.seed)
-        dtype = distributed.pick_dtype(config.dtype, world.device)
-        ops = kernels.choose(config.kernels, world.device, config.head_dim, dtype, world.say)
-        self.config = dataclasses.replace(config, kernels=ops.__name__.removeprefix("kernels."))
-        self.stop.interpreted = self.config.kernels == "fused" and world.device.type == "cpu"
-        self.model = Llama(config.model(), ops, dtype).to(world.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.step = 0
-        self.saved = 0  # the step of the newest checkpoint
-        self.row = {}  # what was measured after `step` updates and is not yet in metrics.jsonl
+        dtype = distributed.pick_training_dtype(config, world, state)
+        ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
+        self.config = config = dataclasses.replace(config, dtype=dtype, kernels=ops.__name__.removeprefix("kernels."))
+        self.model = Llama(config.model(), ops, distributed.DTYPES[dtype]).to(world.device)
 
-    def begin(self):
-        """Loads the checkpoint to resume, or the weights to start from, and opens the run directory."""
-        config, world = self.config, self.world
-        path, state = resume.newest(config, self.fingerprint, world) or (None, {})
-        self.stats = metrics.Stats(world, state.get("skipped", 0), self.where)
-        changes = {}
+        # Optimizer
+        self.optimizer = make_optimizer(self.model, config)
+        self.loss_scale = LossScale(self.model.dtype, world.device)
+        self.stats = metrics.Stats(world, self.out, state)
+        self.step = state.get("step", 0)
+        self.row = {}  # what was measured after `step` updates and is not yet in metrics.jsonl
         if state:
-            checkpoint.restore(path, state, self.model, self.optimizer)
-            self.step = self.saved = state["step"]
-            world.say(f"resuming {path} at step {self.step}")
-            changes = resume.changes(state, config, world)
+            checkpoint.restore(path, state, self.model, self.optimizer, self.loss_scale)
+            self.row = resume.changes(path, state, config, world)
         elif config.init_from:
             source = huggingface.load(config.init_from)
             resume.start_from(config.init_from, source, config, self.model, self.tokenizer, world)
-        if self.step < config.max_steps:
-            world.wait()  # rank 0 may move the files that the others are still reading
-            self.rows = world.on_rank_0(lambda: rundir.begin(self.out, config, self.step, is_new=not state))
-            self.row = (self.rows.last if self.rows else {}) | changes
-            world.say(metrics.announcement(config, world, *split_batch(config, world), self.train_bin))
 
     def loop(self) -> int:
         """Trains until max_steps; returns the exit status."""
         config, world, first = self.config, self.world, self.step
+        self.row = (self.rows.last if self.rows else {}) | self.row
+        world.say(metrics.announcement(config, world, *split_batch(config, world), self.train_bin))
         compile_blocks(self.model, config, world)
         model = distributed.data_parallel(self.model.train(), world)
         timer = metrics.Timer(config, world)
@@ -150,7 +147,8 @@ class Run:
                     timer.start(self.step)  # only now: the first update compiles
                 if self.step == config.max_steps:
                     break
-                self.stats.unread.append(update(self.step + 1, model, self.optimizer, self.train_bin, config, world, self.stop))
+                stats = update(self.step + 1, model, self.optimizer, self.loss_scale, self.train_bin, config, world, self.stop)
+                self.stats.unread.append(stats)
                 self.step += 1
         except distributed.Stopped:
             return self.save_and_exit()
@@ -165,16 +163,6 @@ class Run:
             self.save("ckpt.pt")
             raise
         return row | {"lr": learning_rate(self.step, self.config)}
-
-    def where(self, step: int, ranks: list[int]) -> str:
-        """Returns which windows the given ranks took in update `step`, and the command that shows its whole batch."""
-        per_rank, _ = split_batch(self.config, self.world)
-        parts = []
-        for rank in ranks:
-            start = first_position(step, rank, self.config, self.world)
-            windows = bins.window_indices(self.config.seed, start, per_rank, self.train_bin.n_windows)
-            parts.append(f"on rank {rank}, windows {', '.join(map(str, windows))}; ")
-        return f"{''.join(parts)}its batch: python -m data.bins {self.out} --step {step}"
 
     def evaluate(self, due: set[str]):
         """Adds validation and the copy test to the row, unless a resumed run made them before it was interrupted."""
@@ -204,14 +192,14 @@ class Run:
         """Saves a checkpoint from rank 0; the other ranks wait until it is written."""
 
         def write():
-            state = {"model": self.model.state_dict(), "step": self.step, "skipped": self.stats.skipped}
+            state = {"model": self.model.state_dict(), "step": self.step}
+            state |= {"skipped": self.stats.skipped, "overflows": self.stats.overflows, "loss_scale": self.loss_scale.state()}
             state |= {"config": dataclasses.asdict(self.config), "tokenizer": self.tokenizer.state()}
             if not weights_only:
                 state |= {"optimizer": self.optimizer.state_dict()["state"], "data_fingerprint": self.fingerprint}
             checkpoint.save(self.out / name, state)
 
         self.world.on_rank_0(write)
-        self.saved = self.saved if weights_only else self.step
 
     def save_and_exit(self) -> int:
         """Ends a run that was asked to stop; returns the exit status."""
@@ -222,8 +210,7 @@ class Run:
         if self.step == 0:
             self.world.say("stopped before the first update: there is nothing to save, and the same command starts again")
             return 3
-        if self.saved != self.step:
-            self.save("ckpt.pt")
+        self.save("ckpt.pt")
         self.world.say(f"stopped; saved {self.out / 'ckpt.pt'} at step {self.step}: the same command resumes there")
         return 3
 
@@ -243,16 +230,17 @@ def due_after(step: int, c: Config) -> set[str]:
     return due
 
 
-def update(step, model, optimizer, train_bin, config: Config, world, stop) -> torch.Tensor:
-    """Makes update number `step`, counted from 1; model may be wrapped for several ranks. Returns (3,) on the device: loss and
-    gradient norm of the whole batch, and the loss of this rank's share.
+def update(step, model, optimizer, loss_scale: LossScale, train_bin, config: Config, world, stop) -> torch.Tensor:
+    """Makes update number `step`, counted from 1; model may be wrapped for several ranks. Returns (4,) on the device: loss and
+    gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
 
     If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before anything has changed, if a
     signal asks for it.
     """
     per_rank, micro = split_batch(config, world)
-    first = first_position(step, world.rank, config, world)
+    first = (step - 1) * config.batch_size + world.rank * per_rank  # in the run's order
     last = first + per_rank - micro
+    scale = loss_scale.scale
     own = torch.zeros((), device=world.device)
     optimizer.zero_grad()
     for position in range(first, last + 1, micro):  # gradient accumulation
@@ -261,18 +249,19 @@ def update(step, model, optimizer, train_bin, config: Config, world, stop) -> to
         x, y = distributed.on_device(train_bin.windows(windows), world.device)  # (micro, T) each
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
-        with no_sync, stop.in_interpreter():
+        with no_sync:
             loss = model(x, y, seed=dropout_seeds(config, position, micro, world.device)) * (micro / per_rank)
-            loss.backward()
+            (loss * scale).backward()
         own += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     loss = world.sum(own) / world.size
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scale
+    clip = (norm / config.grad_clip).clamp(min=1) if config.grad_clip else 1.0
+    found_inf = (~(loss + norm).isfinite()).float()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
-    optimizer.found_inf = (~(loss + norm).isfinite()).float()  # where it is 1, the optimizer changes nothing
-    if world.device.type != "mps" or not optimizer.found_inf.item():  # Metal's fused AdamW ignores it
-        optimizer.step()
-    return torch.stack((loss, norm, own))
+    apply_gradients(optimizer, scale * clip, found_inf)
+    loss_scale.update(found_inf)
+    return torch.stack((loss, norm, own, scale))
 
 
 def split_batch(config: Config, world) -> tuple[int, int]:
@@ -286,11 +275,6 @@ def split_batch(config: Config, world) -> tuple[int, int]:
     return per_rank, micro
 
 
-def first_position(step: int, rank: int, config: Config, world) -> int:
-    """Returns where in the run's order a rank's share of the batch of update `step` begins."""
-    return (step - 1) * config.batch_size + rank * (config.batch_size // world.size)
-
-
 def dropout_seeds(config: Config, start: int, count: int, device):
     """Returns a key per sequence, (count,) int64, that depends on its position in the run alone; None without dropout."""
     if not config.attn_dropout:
@@ -300,25 +284,6 @@ def dropout_seeds(config: Config, start: int, count: int, device):
     return torch.from_numpy(seeds[start % config.batch_size :][:count]).to(device)
 
 
-def data_folder(config: Config, world) -> Path:
-    """Returns the data folder. If it is missing and can be made here without a network, offers to make it."""
-    folder = Path(config.data)
-    if not bins.files(folder / "train.bin"):
-        argv = [*shlex.split(config.prepare), f"--out={folder}"]
-        command = shlex.join(["python", "-m", "data.prepare", *(argv if config.prepare else ["--help"])])
-        problem = f"{folder / 'train.bin'}: not found; make it with: {command}"
-        if not (config.prepare and world.size == 1 and sys.stdin.isatty()):
-            raise UserError(problem)
-        try:
-            answer = input(f"{problem}\nMake it now? [Y/n] ").strip().lower()
-        except EOFError:
-            answer = "n"
-        if answer not in ("", "y", "yes"):
-            raise UserError(f"{folder / 'train.bin'}: not found")
-        prepare.prepare(argv)
-    return folder
-
-
 def check_data(config: Config, train_bin: bins.Bin, tokenizer):
     """Raises UserError if the vocabulary or the batch does not suit the data."""
     if tokenizer.size > config.vocab_size:
@@ -326,11 +291,6 @@ def check_data(config: Config, train_bin: bins.Bin, tokenizer):
         raise UserError(f"vocab_size={config.vocab_size}: {train_bin.path.parent} has {needs} ids; pass --vocab_size={needs}")
     if config.batch_size > train_bin.n_windows:
         raise UserError(f"batch_size={config.batch_size}: {train_bin.path} has only {train_bin.n_windows:,} sequences")
-
-
-def copy_tests(config: Config, tokenizer) -> dict:
-    """Returns the copy tests made during training: fewer samples than eval_copy.py's own, the same at every step."""
-    return eval_copy.make_tests(tokenizer, config.seq_len, samples=50) if config.copy_eval_interval else {}
 
 
 if __name__ == "__main__":

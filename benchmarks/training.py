@@ -65,6 +65,7 @@ class Steps:
             self.model = Llama(c.model(), ops, dtype).to(world.device)
             train.compile_blocks(self.model, c, world)
             self.optimizer = train.make_optimizer(self.model, c)
+            self.loss_scale = train.LossScale(dtype, world.device)
             self.ranks = distributed.data_parallel(self.model, world)
             self.stop = distributed.StopSignal(world)
             self.step = 0
@@ -80,7 +81,7 @@ class Steps:
         if self.who == OURS:
             self.step += 1
             c = dataclasses.replace(self.config, micro_batch_size=micro)
-            train.update(self.step, self.ranks, self.optimizer, self.bin, c, self.world, self.stop)
+            train.update(self.step, self.ranks, self.optimizer, self.loss_scale, self.bin, c, self.world, self.stop)
             return
         self.optimizer.zero_grad()
         for i in range(0, self.batch, micro):

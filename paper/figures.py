@@ -41,7 +41,9 @@ def figure(letter: str, title: str, variants: Callable):
 
 @figure("a", "Loss and copying over tokens", shared.base)
 def figure_a(data, scale, file):
-    """Copying and the validation loss over training tokens."""
+    """Left: the share of right answers in the copy test, for two alphabets. Right: the validation loss of all tokens, and of
+    new and repeated ones apart. Both over training tokens, to see whether copying comes after the loss has flattened.
+    """
     (seeds,) = data.values()
     picture, (left, right) = panels(2)
     for name, text in {scale.copying: measure_name(scale.copying), HEX: measure_name(HEX)}.items():
@@ -49,6 +51,7 @@ def figure_a(data, scale, file):
     for name, text in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
         lines(right, {text: seeds}, name, "tokens")
     shared.describe(left, scale.copying, "tokens")
+    left.set(title="copying")
     shared.describe(right, "val_loss", "tokens")
     save(picture, file)
 
@@ -81,7 +84,9 @@ def claims_a(found, onset_at: str):
 
 @figure("b", "Batch size: steps or tokens", shared.batches)
 def figure_b(data, scale, file):
-    """Copying and the validation loss for several batch sizes, over update steps and over training tokens."""
+    """Copying (left pair) and the validation loss (right pair) for several batch sizes, over update steps and over training
+    tokens. If copying depends on update steps alone, its curves coincide in the first panel and not in the second.
+    """
     draw_curves(file, data, [(name, axis) for name in (scale.copying, "val_loss") for axis in ("step", "tokens")])
     found, kept = laws(data, scale, [(batch,) for batch in scale.batches], ["batch"])
     claim = "when copying comes depends on update steps, not on tokens"
@@ -91,7 +96,7 @@ def figure_b(data, scale, file):
 
 @figure("c", "Learning rate", lambda scale: shared.rates(scale, 3))
 def figure_c(data, scale, file):
-    """Copying and the validation loss for several learning rates, over update steps."""
+    """Copying (left) and the validation loss (right) for several learning rates, over update steps."""
     draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
     found, kept = laws(data, scale, [(rate,) for rate in scale.rates[-3:]], ["rate"])
     sooner = "a higher learning rate makes copying come earlier"
@@ -106,7 +111,9 @@ def figure_c(data, scale, file):
 
 @figure("d", "Induction heads by layer", lambda scale: {f"layers{scale.layers}": {"n_layers": scale.layers}})
 def figure_d(data, scale, file):
-    """The highest induction score I in each layer, seed by seed; and the best of all beside copying."""
+    """One panel per seed: the colour is the highest induction score I of the heads in a layer. If induction heads form from
+    shallow to deep layers, the lower rows brighten first. Last panel: the best head of all layers beside copying.
+    """
     (seeds,) = data.values()
     picture, axes = panels(len(seeds) + 1)
     firsts = []
@@ -133,7 +140,7 @@ def claim_d(firsts):
 
 @figure("e", "Attention dropout and weight decay", treatments)
 def figure_e(data, scale, file):
-    """Copying and the validation loss with attention dropout, with weight decay, and without, over update steps."""
+    """Copying (left) and the validation loss (right) with attention dropout, with weight decay, and with neither (base)."""
     draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
     found, claims = {}, []
     for name, title in {"dropout0.1": "attention dropout of 10%", "decay0.1": "weight decay of 0.1"}.items():
@@ -164,7 +171,10 @@ def earlier(starts, pairs, step: float):
 
 @figure("f", "Batch x context", shared.grid)
 def figure_f(data, scale, file):
-    """The median step of onset, and the median number of training tokens before it, by batch size and context."""
+    """The onset of copying for each batch size and context, the median over seeds: in update steps (left) and in training
+    tokens (right). If steps decide, the left panel has one colour; if tokens decide, the right one has. "never": most seeds
+    have no onset.
+    """
     cells = [(batch, context) for batch in scale.grid[0] for context in scale.grid[1]]
     medians = [np.median([np.inf if o is None else o for o in onsets(seeds, scale)]) for seeds in data.values()]
     middle = dict(zip(cells, medians, strict=True))
@@ -183,7 +193,9 @@ def figure_f(data, scale, file):
 
 @figure("g", "Learning rate x steps", shared.rates)
 def figure_g(data, scale, file):
-    """Copying by learning rate and update steps, the mean over seeds; and the onset of each seed, with the power law fitted."""
+    """Left: copying as colour, the mean over seeds, for each learning rate (row) over update steps. Right: the step of onset
+    of each seed over the learning rate, on logarithmic axes, and the power law fitted to them.
+    """
     found, kept = laws(data, scale, [(rate,) for rate in scale.rates], ["rate"])
     at = [row["step"] for row in next(iter(data.values()))[0]]
     picture, (left, right) = panels(2)
@@ -206,7 +218,9 @@ def more_treatments(scale):
 
 @figure("h", "What dropout and decay do to copying and to loss", more_treatments)
 def figure_h(data, scale, file):
-    """The change against the base at the end of training: the mean over seeds, and its 95% interval."""
+    """How much each treatment changes three measures at the end of training. Bars are means over seeds of the difference to
+    the base run of the same seed, whiskers their 95% intervals: a whisker that crosses zero tells nothing.
+    """
     names = {scale.copying: "final accuracy", "val_loss_repeated": "loss on repeated tokens", "val_loss_new": "on new tokens"}
     pairs = {name: list(zip(data["base"], seeds, strict=False)) for name, seeds in data.items() if name != "base"}
     found = {treatment: {name: difference(name, pair) for name in names} for treatment, pair in pairs.items()}
@@ -230,7 +244,9 @@ def claim_h(found, names):
 
 @figure("i", "The ladder of k", shared.base)
 def figure_i(data, scale, file):
-    """Left: whether the model uses the k-th last token, at hex16. Right: copying at hex16; dotted, the k-gram baselines."""
+    """Left: how far the answers at hex16 depend on the k-th last token, from 0 (by chance) to 1 (always). Right: copying at
+    hex16; a dotted line is what a model would reach that looks up the last k tokens alone.
+    """
     (seeds,) = data.values()
     picture, (left, right) = panels(2)
     ladder = [[[{"step": r["step"], "use": r["uses_hex16"][k]} for r in rows] for rows in seeds] for k in range(4)]
@@ -256,7 +272,7 @@ def figure_i(data, scale, file):
 
 @figure("j", "Other in-context tasks", shared.base)
 def figure_j(data, scale, file):
-    """Copying beside two other tasks that the context alone solves, over update steps."""
+    """Copying beside two other tasks that the context alone solves, recall in order and recall of a value by its key."""
     (seeds,) = data.values()
     names = {scale.copying: "copying", "recall": "recall, in order", "pairs": "recall of a value by its key"}
     picture, (ax,) = panels(1)
@@ -272,7 +288,7 @@ def figure_j(data, scale, file):
 
 @figure("k", "Warm-up", lambda scale: {f"warmup{n}": {"warmup_steps": n} for n in scale.warmups})
 def figure_k(data, scale, file):
-    """Copying and the validation loss for several lengths of warm-up, at one batch size, over update steps."""
+    """Copying (left) and the validation loss (right) for several lengths of warm-up in updates, at one batch size."""
     draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
     found, kept = laws(data, scale, [(n,) for n in scale.warmups], ["warm-up"])
     claim = "when copying comes does not depend on the length of warm-up (exponent 0)"

@@ -3,6 +3,8 @@
 model              parameter name -> tensor, fp32
 step               number of updates made
 skipped            how many of them were left out, because their loss or gradient was not finite
+overflows          how many were left out because the loss scale of fp16 was too high
+loss_scale         runtime.optim.LossScale's state
 optimizer          the optimizer's state: parameter number -> name -> tensor (milestones have none: they hold weights alone)
 config             every setting of the run by name; `kernels` is the op set that was chosen
 data_fingerprint   identifies the dataset
@@ -47,21 +49,23 @@ def load(path, device="cpu") -> dict:
         raise UserError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
     state = state if isinstance(state, dict) else {}
     kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
-    kinds |= {"skipped": int} if "skipped" in state else {}
+    kinds |= {name: int for name in ("skipped", "overflows") if name in state}
     missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or state[name] is True]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")
     return state
 
 
-def restore(path, state: dict, model, optimizer=None):
-    """Copies a checkpoint's weights into the model and its moments into the optimizer, whose settings stay its own.
+def restore(path, state: dict, model, optimizer=None, loss_scale=None):
+    """Copies a checkpoint's weights into the model, its moments into the optimizer, whose settings stay its own, and its scale.
 
     A model on the meta device takes the tensors themselves, in their dtype, so that they are in memory once. Raises UserError
     if they do not fit.
     """
     try:
         model.load_state_dict(state["model"], assign=next(model.parameters()).is_meta)
+        if loss_scale and "loss_scale" in state:
+            loss_scale.load_state(state["loss_scale"])
         if optimizer and state["step"]:  # before the first update there are no moments
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
             for group in optimizer.param_groups:

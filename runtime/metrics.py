@@ -44,18 +44,22 @@ def flops_per_token(c: ModelConfig) -> float:
 class Metrics:
     """The rows of metrics.jsonl: one per step at which something was measured."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, log=lambda row: None):
         """Continues after `step`. Later rows, of updates that are made again, are removed; the row of `step` itself too, which
-        `last` holds ({} if there is none) for the caller to complete and write again.
+        `last` holds ({} if there is none) for the caller to complete and write again. `before` has all rows that were there, by
+        step. What is written goes to log(row) too.
         """
         self.path = path
-        rows = [row for row in read(path) if row["step"] <= step] if step and path.exists() else []
+        self.log = log
+        self.before = {row["step"]: row for row in read(path)} if path.exists() else {}
+        rows = [row for row in self.before.values() if row["step"] <= step] if step else []
         self.last = rows.pop() if rows and rows[-1]["step"] == step else {}
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict):
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
+        self.log(row)
 
 
 def read(path: Path) -> list[dict]:
@@ -84,14 +88,16 @@ def is_evaluated(row: dict) -> bool:
 class Stats:
     """Loss and gradient norm of the updates since the last log line: on the device until they are read.
 
-    An update whose loss or norm is not finite was left out. It is counted and reported; MAX_SKIPPED in a row end the run.
+    An update whose loss or norm is not finite was left out. If only the loss scale of fp16 was too high, it is counted among
+    the overflows. Else it is reported and counted among the skipped ones; MAX_SKIPPED of these in a row end the run.
     """
 
-    def __init__(self, world, skipped: int, where):
+    def __init__(self, world, out: Path, state: dict):
         self.world = world
-        self.where = where  # (step, ranks) -> which data they had
+        self.out = out
         self.unread = []
-        self.skipped = skipped
+        self.skipped = state.get("skipped", 0)
+        self.overflows = state.get("overflows", 0)
         self.in_a_row = 0
 
     def read(self, step: int) -> dict:
@@ -99,23 +105,29 @@ class Stats:
         stats = torch.stack(self.unread).tolist()
         self.unread = []
         most_in_a_row = 0
-        for number, (loss, norm, own) in enumerate(stats, step - len(stats) + 1):
+        for number, (loss, norm, own, scale) in enumerate(stats, step - len(stats) + 1):
             if math.isfinite(loss + norm):
                 self.in_a_row = 0
-                continue
-            self.skipped += 1
-            self.in_a_row += 1
-            most_in_a_row = max(most_in_a_row, self.in_a_row)
-            flags = torch.eye(self.world.size)[self.world.rank] * (not math.isfinite(own))
-            ranks = self.world.sum(flags).nonzero().flatten().tolist()
-            where = self.where(number, ranks)
-            self.world.say(f"warning: step {number}: loss {loss}, gradient norm {norm}; the update was left out; {where}")
+            elif math.isfinite(loss) and scale > 1:
+                self.overflows += 1
+            else:
+                self.skipped += 1
+                self.in_a_row += 1
+                most_in_a_row = max(most_in_a_row, self.in_a_row)
+                flags = torch.eye(self.world.size)[self.world.rank] * (not math.isfinite(own))
+                ranks = "".join(f"on rank {rank}, " for rank in self.world.sum(flags).nonzero().flatten().tolist())
+                self.world.say(
+                    f"warning: step {number}: loss {loss}, gradient norm {norm}; the update was left out; {ranks}"
+                    f"its batch: python -m data.bins {self.out} --step {number}"
+                )
         if most_in_a_row >= MAX_SKIPPED:
             raise RunFailed(
                 f"step {step}: {most_in_a_row} updates in a row had no finite loss or gradient; saved after them: the same "
                 "command goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
             )
-        row = {"loss": loss, "grad_norm": norm} if math.isfinite(loss + norm) else {}
+        row = {name: x for name, x in {"loss": loss, "grad_norm": norm}.items() if math.isfinite(x)}
+        if self.overflows or scale > 1:
+            row |= {"loss_scale": scale, "overflows": self.overflows}
         return row | ({"skipped": self.skipped} if self.skipped else {})
 
 
@@ -160,8 +172,8 @@ class Timer:
 def announcement(c: Config, world, per_rank: int, micro: int, train_bin) -> str:
     """Returns the lines printed at the start: the model, the batch arithmetic, and the size of the data and milestones."""
     lines = [
-        f"model: {c.n_layers} layers, dim {c.dim}, {c.n_parameters:,} parameters, on {world.size} x {world.device.type} with "
-        f"{c.kernels} kernels",
+        f"model: {c.n_layers} layers, dim {c.dim}, {c.n_parameters:,} parameters, in {c.dtype} on {world.size} x "
+        f"{world.device.type} with {c.kernels} kernels",
         f"batch: {micro} sequences x {per_rank // micro} gradient accumulation steps x {world.size} ranks = {c.batch_size} "
         f"sequences of {c.seq_len} = {c.batch_size * c.seq_len:,} tokens per update",
         f"data: {train_bin.n_tokens:,} training tokens; {c.max_steps:,} updates are "

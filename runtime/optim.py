@@ -1,4 +1,4 @@
-"""The learning rate, AdamW, and Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+"""The learning rate, AdamW, Muon for matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), and loss scaling."""
 
 import math
 
@@ -35,13 +35,58 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimi
     return Muon(muon, adamw, config.learning_rate, config.weight_decay) if muon else adamw
 
 
+def apply_gradients(optimizer: torch.optim.Optimizer, grad_scale: torch.Tensor, found_inf: torch.Tensor):
+    """Makes an update with the gradients divided by grad_scale; where found_inf is 1, parameters and state stay as they are.
+
+    Both are fp32 scalars on the device. The optimizer divides as it reads the gradients, so that clipping and loss scaling cost
+    no pass over them, and the host waits for nothing.
+    """
+    if grad_scale.device.type == "mps":  # Metal's fused AdamW ignores both
+        if found_inf.item():
+            return
+        torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"]], grad_scale)
+        grad_scale = found_inf = None
+    optimizer.grad_scale = grad_scale
+    optimizer.found_inf = found_inf
+    optimizer.step()
+
+
+class LossScale:
+    """The factor on the loss that keeps gradients of fp16 activations from underflow (Micikevicius et al. 2018).
+
+    Halves, down to 1, after an update whose gradients are not finite, and doubles after GROWTH finite ones in a row. It stays 1
+    for other dtypes. Both numbers stay on the device.
+    """
+
+    GROWTH = 2000
+
+    def __init__(self, dtype: torch.dtype, device):
+        self.used = dtype == torch.float16
+        self.scale = torch.tensor(2.0**16 if self.used else 1.0, device=device)
+        self.in_a_row = torch.zeros((), device=device)  # finite updates since the scale last changed
+
+    def update(self, found_inf: torch.Tensor):
+        if self.used:
+            in_a_row = (self.in_a_row + 1) * (1 - found_inf)
+            grown = torch.where(in_a_row == self.GROWTH, self.scale * 2, self.scale)
+            self.scale = torch.where(found_inf > 0, (self.scale / 2).clamp(min=1), grown)
+            self.in_a_row = in_a_row % self.GROWTH
+
+    def state(self) -> torch.Tensor:
+        return torch.stack((self.scale, self.in_a_row)).cpu()
+
+    def load_state(self, state: torch.Tensor):
+        self.scale, self.in_a_row = state.to(self.scale)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon: the update of a matrix is its Nesterov momentum, orthogonalized; the other parameters are AdamW's.
 
     The update is scaled to the root mean square of AdamW's (0.2 sqrt(max(shape)), Liu et al. 2025, arXiv 2502.16982), so that
-    one learning rate and one weight decay serve both. As fused AdamW does, it changes nothing where `found_inf` is 1.
+    one learning rate and one weight decay serve both. It takes `grad_scale` and `found_inf` as fused AdamW does.
     """
 
+    grad_scale = None
     found_inf = None
 
     def __init__(self, matrices: list, adamw: torch.optim.AdamW, lr: float, weight_decay: float, momentum=0.95):
@@ -54,15 +99,16 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for p in group["params"]:
             buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum = buffer.lerp(p.grad, 1 - group["momentum"])
-            update = orthogonalize(p.grad.lerp(momentum, group["momentum"])) * (0.2 * max(p.shape) ** 0.5)
+            grad = p.grad if self.grad_scale is None else p.grad / self.grad_scale
+            momentum = buffer.lerp(grad, 1 - group["momentum"])
+            update = orthogonalize(grad.lerp(momentum, group["momentum"])) * (0.2 * max(p.shape) ** 0.5)
             new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
             skip = torch.zeros((), device=p.device) if self.found_inf is None else self.found_inf
             p.copy_(torch.where(skip > 0, p, new))
             buffer.copy_(torch.where(skip > 0, buffer, momentum))
         # load_state_dict replaces both of these, and AdamW works on the same ones.
         self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
-        self.adamw.found_inf = self.found_inf
+        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
         self.adamw.step()
 
 

@@ -1,6 +1,14 @@
-"""The pictures. Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles survive greyscale."""
+"""The pictures. Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles survive greyscale.
 
+python -m runtime.plots runs/tiny            draws the curves of a run
+python -m runtime.plots runs/tiny --watch    and redraws them while it trains
+"""
+
+import contextlib
 import io
+import json
+import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -8,14 +16,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import PolyCollection
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from config import Parser
+from errors import UserError, run_command
 from files import atomic_write
-from runtime import curves
+from runtime import curves, metrics, rundir
 
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#D55E00", "#0072B2", "#009E73"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1)))]
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
+PANELS = ("loss (nats per token)", "attention of the best heads", "copying accuracy")
+POLL = 2.0  # seconds between two looks at a run that is watched
 
 
 def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str, str]):
@@ -32,38 +46,46 @@ def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str,
         stripes(last.subplots(2, 1), **result["stripes"])
         parts = row.subfigures(1, 2, width_ratios=(4.2 * wide, 3.4), squeeze=False)[0] if wide else [None, row]
         if run:
-            best = {f"{name}_max": f"best {title.split(':')[0]} head" for name, title in maps.items()}
-            run_curves(parts[0].subplots(1, 3), run, result, best)
+            name, levels = next((name, c["kgram"]["ceiling"]) for name, c in result["copy"].items())
+            axes = parts[0].subplots(1, 3)
+            run_curves(axes, run)
+            baselines(axes[2], name, levels)
         for ax, (name, title) in zip(parts[-1].subplots(len(maps), 1), maps.items(), strict=True):
             heat_map(ax, result["heads"][name], title.split(":")[0])
     save(figure, file, dpi=130)
 
 
-def run_curves(axes, rows: list[dict], result: dict, heads: dict[str, str]):
-    """Loss, the best heads, and copying over tokens, with a vertical line where each step on the way to copying has formed.
-
-    heads: columns of the best heads' scores -> labels.
-    """
+def run_curves(axes, rows: list[dict]):
+    """Loss, the best heads, and copying over tokens, with a vertical line where each step on the way to copying has formed."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    titles = {names[0]: title for title, (names, _) in curves.FORMED.items()}
+    heads = {name: f"best {titles.get(name, name)}" for name in columns if name.endswith("_max")}
     copying = {}
-    for name in result["copy"]:
-        copying |= {f"copy_exact_{name}": f"{name}: all six", f"copy_token_{name}": f"{name}: each token"}
-    titles = ("validation loss (nats per token)", "attention of the best heads", "copying accuracy")
-    for ax, title, names in zip(axes, titles, (LOSSES, heads, copying), strict=True):
+    for name in columns:
+        for kind, text in {"copy_exact_": "all six", "copy_token_": "each token"}.items():
+            if name.startswith(kind):
+                copying[name] = f"{name.removeprefix(kind)}: {text}"
+    for ax, title, names in zip(axes, PANELS, (LOSSES, heads, copying), strict=True):
         for name, label in names.items():
             lines(ax, {label: [rows]}, name, "tokens")
         for (what, tokens), style in zip(curves.formed(rows).items(), (":", "--", "-"), strict=False):
             label = f"{what} at {EngFormatter(sep='', places=1)(tokens)}" if ax is axes[1] else None
             ax.axvline(tokens, color="0.45", lw=0.9, ls=style, label=label)
         ax.set(title=title, xlabel="training tokens", ylim=(0, None) if ax is axes[0] else (-0.03, 1.05))
-    name, levels = next((name, c["kgram"]["ceiling"]) for name, c in result["copy"].items())
+    losses = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+    axes[0].plot(*zip(*losses, strict=True), color="0.8", lw=0.8, zorder=1, label="training batches")
+
+
+def baselines(ax, name: str, levels: dict[int, float]):
+    """A horizontal line for the copying accuracy of each k-gram baseline, at the alphabet `name`."""
     labels = {}  # height of a label -> the k of all levels that are too close to be told apart
     for k, level in levels.items():
-        axes[2].axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}")
+        ax.axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}")
         near = next((y for y in labels if abs(y - level) < 0.04), level)
         labels.setdefault(near, []).append(str(k))
     for y, ks in labels.items():
         text = ", ".join(ks) + "-gram"
-        axes[2].annotate(text, (1.01, y), xycoords=("axes fraction", "data"), fontsize=6.5, color="0.35", va="center")
+        ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), fontsize=6.5, color="0.35", va="center")
 
 
 def heat_map(ax, scores, title: str):
@@ -109,10 +131,13 @@ def save(figure, file: str | Path, dpi=110):
     """Writes the picture in the format of the file's suffix, a legend below each panel that has labels."""
     for ax in figure.axes:
         ax.title.set_fontsize(10)
-        labels = ax.get_legend_handles_labels()[1]
+        handles, labels = ax.get_legend_handles_labels()
+        if any(isinstance(area, PolyCollection) for area in ax.collections):
+            handles.append(Patch(color="0.85"))
+            labels.append("range over seeds")
         if labels:
             columns = min(len(labels), max(1, 54 // max(map(len, labels))))
-            ax.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+            ax.legend(handles, labels, fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     picture = io.BytesIO()
     # The layout of subfigures leaves tick labels at the edge out of account; a tight box does not.
     figure.savefig(picture, format=Path(file).suffix.lstrip(".").lower(), dpi=dpi, bbox_inches="tight")
@@ -179,3 +204,42 @@ def points(ax, found: list[tuple[float, float]], exponent: float | None, name: s
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_minor_formatter("")
+
+
+def draw_run(folder: Path, file: Path) -> int:
+    """Draws the curves of a run directory as they are now; returns the step of its last row."""
+    rows = metrics.read(folder / "metrics.jsonl")
+    picture, axes = panels(3)
+    run_curves(axes, rows)
+    save(picture, file)
+    return rows[-1]["step"] if rows else 0
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        prog="python -m runtime.plots", description="Draws loss, attention heads and copying of a run over its tokens."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the picture (default: curves.png in the run directory)")
+    parser.add_argument("--watch", action="store_true", help="redraw until the run ends or Ctrl-C is pressed")
+    args = parser.parse_args(argv)
+    rows, file = args.run / "metrics.jsonl", args.plot or args.run / "curves.png"
+    if not rows.exists():
+        raise UserError(f"{rows}: not found; name the directory of a run, such as runs/tiny")
+    last = json.loads((args.run / "config.json").read_text())["max_steps"]
+    drawn = None
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            is_running = args.watch and rundir.is_running(args.run)
+            changed = rows.stat().st_mtime_ns
+            if changed != drawn:
+                print(f"{file}: step {draw_run(args.run, file):,} of {last:,}", flush=True)
+                drawn = changed
+            if not is_running:
+                break
+            time.sleep(POLL)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

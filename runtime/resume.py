@@ -12,13 +12,16 @@ from runtime import checkpoint
 AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
 
 
-def newest(config: Config, fingerprint: str, world) -> tuple[Path, dict] | None:
-    """Returns the checkpoint that this run resumes, and its path; None for a new run. Raises UserError for another run's."""
+def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
+    """Returns the path and state of the checkpoint that this run resumes; None and {} for a new run.
+
+    Raises UserError for another run's.
+    """
     if config.resume == "none":
-        return None
+        return None, {}
     paths = checkpoint.newest_first(Path(config.out_dir)) if config.resume == "auto" else [Path(config.resume)]
     if not paths:
-        return None
+        return None, {}
     for i, path in enumerate(paths):
         try:
             state = checkpoint.load(path)
@@ -42,6 +45,7 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
             "or start anew with --resume=none"
         )
     free = settings.MAY_CHANGE | (settings.MAY_CHANGE_ON_REQUEST if config.allow_changes else set())
+    free |= {"dtype"} if config.dtype == "auto" else set()  # which then is the checkpoint's
     different = settings.changed(state["config"], config)
     changed = [f"{name} {then} -> {now}" for name, (then, now) in different.items() if name not in free]
     if state.get("data_fingerprint") != fingerprint:
@@ -53,10 +57,11 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
         )
 
 
-def changes(state: dict, config: Config, world) -> dict:
-    """Reports a resume that changes the op set or, on request, settings of the optimizer. Returns what
+def changes(path: Path, state: dict, config: Config, world) -> dict:
+    """Reports a resume, and whether it changes the op set or, on request, settings of the optimizer. Returns what
     metrics.jsonl records of them: {"changed": {name: [value then, value now]}}, or {}.
     """
+    world.say(f"resuming {path} at step {state['step']}")
     different = settings.changed(state["config"], config)
     then = state["config"].get("kernels")
     if "kernels" in different and then != "auto":  # auto: a checkpoint that did not record its op set

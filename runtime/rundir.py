@@ -16,9 +16,9 @@ import filelock
 from config import Config
 from errors import UserError
 from files import atomic_write
-from runtime import checkpoint, metrics
+from runtime import checkpoint, loggers, metrics
 
-OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png")
+OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png", "tensorboard", "wandb")
 
 
 def check(path) -> Path:
@@ -36,7 +36,7 @@ def check(path) -> Path:
 def locked(path: Path):
     """Holds the run directory, which is made, until the block ends. Raises UserError if another run holds it."""
     path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / "run.lock", timeout=0)
+    lock = filelock.FileLock(path / "run.lock", timeout=1)  # longer than is_running holds it
     owner = path / "run.pid"
     try:
         lock.acquire()
@@ -57,6 +57,15 @@ def locked(path: Path):
             path.rmdir()
 
 
+def is_running(path: Path) -> bool:
+    """Returns whether a run holds the run directory."""
+    try:
+        with filelock.FileLock(path / "run.lock", timeout=0) if (path / "run.lock").exists() else contextlib.nullcontext():
+            return False
+    except filelock.Timeout:
+        return True
+
+
 def record_stop(path: Path):
     """Records that a signal stopped the run, for was_stopped."""
     (path / "run.pid").write_text(f"{os.getpid()}\nstopped {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
@@ -74,11 +83,14 @@ def was_stopped(path) -> bool:
     return True
 
 
-def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metrics:
-    """Writes config.json and returns the rows of metrics.jsonl up to `step`. What another run left here is moved aside first:
-    everything for a new run, and for one that resumes at `step` the checkpoints after it.
+@contextlib.contextmanager
+def begin(path: Path, config: Config, step: int) -> metrics.Metrics:
+    """Writes config.json and opens metrics.jsonl, with its rows up to `step`, and the logger that config.log_to names.
+
+    What another run left here is moved aside first: everything for a new run, at step 0, and the checkpoints after `step` for
+    one that resumes.
     """
-    if is_new:
+    if step == 0:
         old = [file for pattern in OF_A_RUN for file in sorted(path.glob(pattern))]
         old = old if any(file.suffix == ".pt" for file in old) or metrics.has_updates(path / "metrics.jsonl") else []
     else:
@@ -92,4 +104,5 @@ def begin(path: Path, config: Config, step: int, is_new: bool) -> metrics.Metric
         print(f"moved what an earlier run left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return rows
+    with loggers.opened(path, config, step, rows.before) as rows.log:
+        yield rows

@@ -118,20 +118,6 @@ def slow_micro_batches():
     train.dropout_seeds = lambda *args: (print("micro-batch", flush=True), time.sleep(0.25), seeds(*args))[2]
 
 
-def say_when(part: str):
-    """Says when the forward or the backward pass has begun, in this process's first block."""
-    from model import Block
-
-    name = {"forward": "register_forward_pre_hook", "backward": "register_full_backward_pre_hook"}[part]
-    init = Block.__init__
-
-    def hooked(self, *args):
-        init(self, *args)
-        getattr(self, name)(lambda *_: print(f"in {part}", flush=True))
-
-    Block.__init__ = hooked
-
-
 def no_save():
     """Checkpoints cannot be written."""
     from runtime import checkpoint
@@ -140,6 +126,14 @@ def no_save():
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     checkpoint.save = save
+
+
+def high_loss_scale(scale: float):
+    """The loss scale of fp16 begins so high that gradients overflow until it has been halved several times."""
+    from runtime.optim import LossScale
+
+    init = LossScale.__init__
+    LossScale.__init__ = lambda self, *args: (init(self, *args), self.scale.fill_(scale))[0]
 
 
 def slow_update():

@@ -89,7 +89,7 @@ def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(
         (["--vocab_size=70000"], ["vocab_size=70000", "65536"]),
         (["--rope_factor=0"], ["rope_factor=0.0", "above 0"]),
         (["--rope_low_freq_factor=4"], ["rope_low_freq_factor=4.0", "below rope_high_freq_factor=4.0"]),
-        (["--dtype=fp16"], ["dtype=fp16", "fp32, bf16"]),
+        (["--dtype=fp8"], ["dtype=fp8", "fp32, bf16, fp16"]),
         (["--max_steps=99999999999"], ["max_steps", "2^31"]),
         (["--batch_size=0"], ["batch_size=0", "at least 1"]),
         (["--attn_dropout=1"], ["attn_dropout=1.0", "255/256"]),

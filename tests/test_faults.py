@@ -221,7 +221,7 @@ def test_a_checkpoint_of_step_0_without_moments_is_resumed(settings, uninterrupt
     expected = uninterrupted(settings)
     assert faults.run(settings | {"max_steps": 1}) == 0
     path = Path(settings["out_dir"]) / "ckpt.pt"
-    run = train.Run(from_dict(settings), distributed.World(0, 1, torch.device("cpu")))
+    run = train.Run(from_dict(settings | {"resume": "none"}), distributed.World(0, 1, torch.device("cpu")))
     checkpoint.save(path, checkpoint.load(path) | {"model": run.model.state_dict(), "optimizer": {}, "step": 0})
     assert faults.run(settings) == 0 and equals(settings, expected)
 
@@ -308,24 +308,6 @@ def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_
         assert state["step"] == 16 and state["skipped"] == rows[-1]["skipped"] == 11
 
 
-@pytest.mark.parametrize("part", ["forward", "backward"])
-def test_a_signal_stops_a_step_in_tritons_interpreter_between_two_operations(settings, part):
-    """A step that takes a minute or more, which is not waited for. It changes nothing."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    settings = settings | dict(dim=64, n_layers=5, n_heads=4, max_steps=2, eval_interval=0, kernels="fused")
-    process = faults.start(settings, functools.partial(faults.say_when, part))
-    log = faults.log_of(settings)
-    wait_for(lambda: log.exists() and f"in {part}" in log.read_text(), 300)
-    assert "kernels=fused on a CPU runs in Triton's interpreter" in log.read_text()
-    with fault("SIGTERM in Triton's interpreter"):
-        time.sleep(0.5)
-        started = time.monotonic()
-        process.terminate()
-        process.join(60)
-        assert process.exitcode == 3 and time.monotonic() - started < 15
-        assert "stopped before the first update" in log.read_text()
-
-
 def test_a_second_sigint_ends_it_at_once(settings):
     """In the middle of a step that takes a minute, which the first one would wait for."""
     process = faults.start(settings, faults.slow_update)
@@ -340,9 +322,7 @@ def test_a_second_sigint_ends_it_at_once(settings):
 
 
 def poison(settings, data, *positions):
-    """A checkpoint at step 1, with NaN for the embedding of a token that only the windows at these positions of the run have;
-    the last one's number.
-    """
+    """A checkpoint at step 1, with NaN for the embedding of a token that only the windows at these positions have."""
     assert faults.run(settings | {"max_steps": 1}) == 0
     path = Path(settings["out_dir"]) / "ckpt.pt"
     state = checkpoint.load(path)
@@ -352,17 +332,16 @@ def poison(settings, data, *positions):
     windows = bins.order(0, 0, (len(tokens) - 1) // 31)[list(positions)]
     tokens[windows * 31 + 5] = 17
     tokens.tofile(data / "train.bin")
-    return windows[-1]
 
 
 def test_a_non_finite_loss_never_reaches_the_parameters_and_is_told_with_its_batch(settings, tmp_path):
     """On two ranks, at step 3, in the second rank's share. The run goes on, also when it is resumed before that step."""
     settings = settings | dict(data=str(write_dataset(tmp_path / "set")), vocab_size=18, log_interval=100, eval_interval=0)
-    window = poison(settings, tmp_path / "set", 2 * 8 + 4 + 1)
+    poison(settings, tmp_path / "set", 2 * 8 + 4 + 1)
     with fault("non-finite loss"):
         output = launch(settings, "--nproc_per_node=2", "--standalone").communicate(timeout=120)[0]
         line = next(line for line in output.splitlines() if line.startswith("warning: step 3: loss nan"))
-        assert "on rank 1, windows" in line and f", {window}," in line and "rank 0" not in line
+        assert "on rank 1, its batch" in line and "rank 0" not in line
         assert line.endswith(f"python -m data.bins {settings['out_dir']} --step 3")
         state, rows = result(settings)
         assert state["step"] == rows[-1]["step"] == 6 and state["skipped"] == rows[-1]["skipped"] == 1
@@ -379,7 +358,7 @@ def test_an_update_that_is_left_out_changes_neither_parameters_nor_moments(setti
     checkpoint.restore("", checkpoint.load(settings["out_dir"]), run.model, run.optimizer)
     for step, is_finite in ((2, True), (3, False)):
         before = [p.clone() for p in run.model.parameters()], copy.deepcopy(run.optimizer.state_dict()["state"])
-        stats = train.update(step, run.model, run.optimizer, run.train_bin, config, world, run.stop)
+        stats = train.update(step, run.model, run.optimizer, run.loss_scale, run.train_bin, config, world, run.stop)
         assert stats.isfinite().all() == is_finite
         after = list(run.model.parameters()), run.optimizer.state_dict()["state"]
         assert same([torch.nan_to_num(p) for p in after[0]], [torch.nan_to_num(p) for p in before[0]]) != is_finite

@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import math
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import torch
 from config import ROOT, Config
 from errors import UserError
 from runtime import distributed, metrics
+from tests import faults
 from tests.conftest import write_dataset
 
 
@@ -77,3 +80,46 @@ def test_the_ranks_do_not_exchange_buffers_that_never_change(monkeypatch):
     monkeypatch.setattr(distributed, "DistributedDataParallel", Wrapper)
     distributed.data_parallel(torch.nn.Linear(1, 1), distributed.World(0, 2, torch.device("cpu")))
     assert given == {"view": True, "buffers": False}
+
+
+def test_two_ranks_agree_on_the_overflows_of_fp16(settings, tmp_path):
+    """A rank's gradients are twice their share of the batch's, since the ranks' mean is taken. At half the scale they are
+    rounded as those of one rank are, and only the sums of rounded gradients differ, in fp32.
+    """
+    one = settings | dict(dtype="fp16", max_steps=20, eval_interval=0, ckpt_interval=20, micro_batch_size=2)
+    two = one | dict(out_dir=str(tmp_path / "two"))
+    assert faults.run(one, functools.partial(faults.high_loss_scale, 2.0**31)) == 0
+    ranks = faults.start_ranks(two, 2, functools.partial(faults.high_loss_scale, 2.0**30))
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    a, b = (metrics.read(Path(run["out_dir"]) / "metrics.jsonl") for run in (one, two))
+    assert [row["overflows"] for row in a] == [row["overflows"] for row in b] and 5 < a[-1]["overflows"] < 20
+    assert [row["loss_scale"] for row in a] == [2 * row["loss_scale"] for row in b]
+    assert [row["loss"] for row in a] == pytest.approx([row["loss"] for row in b], abs=1e-3)
+
+
+def test_dtype_auto_is_bf16_on_gpus_that_have_it_and_fp16_on_older_ones(monkeypatch):
+    for capability, dtype in {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert distributed.pick_dtype("auto", torch.device("cuda")) == dtype
+    assert distributed.pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("bf16_seconds, dtype", [(0.01, "bf16"), (0.019, "fp32"), (0.1, "fp32"), (None, "fp32")])
+def test_dtype_auto_is_bf16_on_a_cpu_that_has_it_where_it_is_a_tenth_faster(monkeypatch, bf16_seconds, dtype):
+    """A pass takes 0.02 s in fp32, on a clock of the test's own."""
+    now, linear = [0.0], torch.nn.functional.linear
+
+    def timed(x, weight):
+        now[0] += {torch.float32: 0.02, torch.bfloat16: bf16_seconds}[x.dtype]
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", timed)
+    monkeypatch.setattr(distributed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bf16_seconds is not None)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    world, config = distributed.World(0, 1, torch.device("cpu")), Config(dim=16, n_heads=2, hidden_dim=16, seq_len=8)
+    assert distributed.pick_training_dtype(config, world, {}) == dtype and now[0] < 1.2
+    assert distributed.pick_training_dtype(config, world, {"config": {"dtype": "bf16"}}) == "bf16"  # of the checkpoint
+    assert distributed.pick_training_dtype(dataclasses.replace(config, dtype="fp16"), world, {}) == "fp16"

@@ -4,7 +4,7 @@ import torch
 from config import Config
 from kernels import eager
 from model import Llama
-from runtime.optim import make_optimizer, orthogonalize
+from runtime.optim import LossScale, apply_gradients, make_optimizer, orthogonalize
 
 CONFIG = dict(dim=16, n_heads=2, n_layers=2, hidden_dim=8, vocab_size=9, weight_decay=0.1)
 
@@ -54,3 +54,47 @@ def test_an_update_of_muon_has_the_size_of_adamws():
     optimizer.step()
     rms = (weight - before).square().mean().sqrt().item()
     assert 0.1e-2 < rms < 0.3e-2
+
+
+def updated(name, gradients, grad_scale=1.0, found_inf=0.0):
+    """The model's parameters and the optimizer's state after updates with these gradients of each parameter."""
+    config = Config(**CONFIG, optimizer=name, learning_rate=1e-2)
+    torch.manual_seed(0)
+    model = Llama(config.model(), eager)
+    optimizer = make_optimizer(model, config)
+    for factor in gradients:
+        for i, p in enumerate(model.parameters()):
+            p.grad = factor * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        apply_gradients(optimizer, torch.tensor(grad_scale), torch.tensor(found_inf))
+    return [p.detach() for p in model.parameters()] + [t for s in optimizer.state.values() for t in s.values()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_divides_gradients_by_grad_scale_and_leaves_all_as_it_is_where_found_inf_is_1(name):
+    """A scale that is a power of two changes no bit."""
+    one = updated(name, [1.0, 0.5])
+    assert all(map(torch.equal, one, updated(name, [4096.0, 2048.0], grad_scale=4096.0)))
+    # Clipping as torch.nn.utils.clip_grad_norm_ does, which multiplies: one rounding of 6e-8 in each gradient and moment.
+    clipped = updated(name, [1 / 3.0, 0.5 / 3.0])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(clipped, updated(name, [1.0, 0.5], 3.0), strict=True))
+    never = updated(name, [])
+    left_out = updated(name, [float("nan")], found_inf=1.0)
+    assert all(map(torch.equal, never, left_out)) and all((moment == 0).all() for moment in left_out[len(never) :])
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_many_finite_updates():
+    scale = LossScale(torch.float16, "cpu")
+    history = []
+    for found_inf in [1.0, 0.0, 1.0, *[0.0] * 2001]:
+        scale.update(torch.tensor(found_inf))
+        history.append(scale.scale.item())
+    assert history[:4] == [2**15, 2**15, 2**14, 2**14] and history[-3:] == [2**14, 2**15, 2**15]
+    other = LossScale(torch.float16, "cpu")
+    other.load_state(scale.state())
+    assert (other.scale, other.in_a_row) == (2**15, 1)
+    for _ in range(20):
+        scale.update(torch.tensor(1.0))
+    assert scale.scale == 1
+    fixed = LossScale(torch.bfloat16, "cpu")
+    fixed.update(torch.tensor(1.0))
+    assert fixed.scale == 1

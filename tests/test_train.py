@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from errors import RunFailed, UserError, run_command
 from kernels import eager
 from model import Llama
 from runtime import checkpoint, distributed, metrics
-from runtime.optim import learning_rate
+from runtime.optim import LossScale, learning_rate
 from tests.conftest import write_dataset
 
 WORLD = distributed.World(0, 1, torch.device("cpu"))
@@ -312,50 +313,6 @@ def test_a_run_works_from_another_folder(settings, tmp_path):
     assert time.perf_counter() - started < 2  # refused before torch is imported
 
 
-@pytest.mark.parametrize("answer", ["", "n"])
-def test_missing_data_that_needs_no_network_is_offered_on_a_terminal(settings, tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda question: (asked.append(question), answer)[1])
-    made = dict(data=str(tmp_path / "a set"), prepare="repeats --rows=400 --length=32 --alphabet=16", max_steps=1)
-    if answer == "":
-        assert losses(run(settings, **made))
-    else:
-        with pytest.raises(UserError, match="not found"):
-            run(settings, **made)
-    command = f"python -m data.prepare repeats --rows=400 --length=32 --alphabet=16 '--out={tmp_path}/a set'"
-    assert command in asked[0]
-
-
-def test_end_of_input_at_the_question_means_no(settings, tmp_path, monkeypatch, capsys):
-    def ctrl_d(question):
-        raise EOFError
-
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", ctrl_d)
-    assert status(flags(settings, data=tmp_path / "none", prepare="repeats")) == 2
-    assert capsys.readouterr().err == f"{tmp_path}/none/train.bin: not found\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a thing of Unix")
-def test_ctrl_c_at_the_question_ends_with_130_and_one_line(settings, tmp_path):
-    import pty
-
-    master, slave = pty.openpty()
-    arguments = flags(settings, data=tmp_path / "none", prepare="repeats")
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    read = b""
-    while b"Make it now?" not in read:
-        read += os.read(process.stdout.fileno(), 1000)
-    time.sleep(1)  # input() runs no handler between the prompt and the read
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1].decode().splitlines() == ["interrupted"] and process.returncode == 130
-    os.close(master)
-    os.close(slave)
-
-
 @pytest.mark.parametrize("command", [["train.py"], ["eval_copy.py", "nowhere"], ["reproduce.py", "a"]])
 def test_ctrl_c_during_the_imports_ends_with_130_and_one_line(settings, command):
     argv = [*command, *(flags(settings) if command == ["train.py"] else [])]
@@ -412,9 +369,69 @@ def test_the_op_set_is_recorded_and_a_resume_that_changes_it_says_so(settings, m
     other = type(sys)("kernels.other")
     other.__dict__.update({name: f for name, f in vars(eager).items() if not name.startswith("__")})
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: other)
-    monkeypatch.setattr(train.dataclasses, "replace", lambda c, kernels: from_dict(vars(c) | {"kernels": "fused"}))
+    monkeypatch.setattr(train.dataclasses, "replace", lambda c, **new: from_dict(vars(c) | new | {"kernels": "fused"}))
     run(settings, max_steps=3)
     assert capsys.readouterr().out.count("eager kernels made this checkpoint; it goes on with fused") == 1
+
+
+def test_fp16_with_a_loss_scale_trains_as_fp32_does(settings, tmp_path):
+    """One batch over and over. AdamW's first updates have the size of the learning rate in each parameter, also where fp16
+    decides the sign of a small gradient, so the curves may part by less than an update gains; where they flatten they meet
+    again.
+    """
+    data = write_dataset(tmp_path / "one", rows=12, length=32)
+    n = bins.Bin(data / "train.bin", 31, 17).n_windows
+    same = dict(data=str(data), batch_size=n, micro_batch_size=n, max_steps=30, eval_interval=0)
+    fp32 = losses(run(settings, **same))
+    rows = run(settings, **same, dtype="fp16", out_dir=str(tmp_path / "fp16"))
+    gain = max(a - b for a, b in itertools.pairwise(fp32))
+    assert losses(rows) == pytest.approx(fp32, abs=gain) and fp32[-1] < fp32[0] - 1 and gain < 0.15
+    assert rows[-1]["loss_scale"] == 2**16 and rows[-1]["overflows"] == 0
+    assert all(p.dtype == torch.float32 for p in weights(settings, out_dir=str(tmp_path / "fp16")).values())
+
+
+def without_times(rows):
+    return [{k: row[k] for k in row if k not in ("ms", "tokens_per_s", "eta_s")} for row in rows]
+
+
+def test_an_overflow_of_fp16_is_counted_in_silence_and_a_resume_keeps_scale_and_count(settings, monkeypatch, capsys, tmp_path):
+    """A scale of 2^30 overflows fp16's 65,504; halved after each update, it fits when it is near 2^16."""
+    init = LossScale.__init__
+    monkeypatch.setattr(LossScale, "__init__", lambda self, *args: (init(self, *args), self.scale.fill_(2.0**30))[0])
+    monkeypatch.setattr(LossScale, "GROWTH", 3)
+    whole = dict(dtype="fp16", max_steps=24, ckpt_interval=8, attn_dropout=0.1)
+    rows = run(settings, **whole)
+    assert rows[1]["overflows"] == 1 and "grad_norm" not in rows[1] and rows[2]["loss_scale"] == 2**29
+    assert 8 < rows[-1]["overflows"] < 24 and "skipped" not in rows[-1] and "warning" not in capsys.readouterr().out
+    out = Path(settings["out_dir"])
+    expected = weights(settings)
+    (out / "ckpt_16.pt").replace(out / "ckpt.pt")
+    monkeypatch.setattr(LossScale, "__init__", init)
+    assert without_times(run(settings, **whole)) == without_times(rows) and equal(weights(settings), expected)
+
+
+def test_dtype_auto_resumes_in_the_dtype_of_the_checkpoint(settings, capsys):
+    run(settings, max_steps=2, dtype="fp16", ckpt_interval=2)
+    run(settings, max_steps=3)
+    assert "parameters, in fp16 on 1 x cpu" in capsys.readouterr().out.split("resuming")[1]
+    assert checkpoint.load(settings["out_dir"])["config"]["dtype"] == "fp16"
+    with pytest.raises(UserError, match="dtype fp16 -> fp32"):
+        run(settings, max_steps=4, dtype="fp32")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_gradients_that_stay_non_finite_end_the_run_once_no_smaller_scale_helps(settings, monkeypatch, dtype):
+    """The loss is finite. 16 updates halve the scale of fp16 from 2^16 to 1, and ten more count."""
+    backward = torch.Tensor.backward
+    embed = lambda run: run.model.embed.weight.grad.fill_(math.inf)  # noqa: E731
+    made = []
+    init = train.Run.__init__
+    monkeypatch.setattr(train.Run, "__init__", lambda self, *args: (init(self, *args), made.append(self))[0])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: (backward(self), embed(made[-1]))[0])
+    with pytest.raises(RunFailed, match=f"step {26 if dtype == 'fp16' else 10}: 10 updates in a row"):
+        run(settings, dtype=dtype, max_steps=50, eval_interval=0)
+    state = checkpoint.load(settings["out_dir"])
+    assert state["skipped"] == 10 and state["overflows"] == (16 if dtype == "fp16" else 0)
 
 
 def test_fused_kernels_give_the_losses_of_eager(settings, tmp_path):
