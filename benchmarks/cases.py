@@ -4,6 +4,7 @@ import torch
 
 SHAPE = dict(B=64, T=1024, D=768, H=12, F=3072, V=32000)  # a step of llama162m
 OPS = ("rms_norm", "add_rms_norm", "rotary", "swiglu", "causal_attention", "linear_cross_entropy")
+HEAD_OPS = ("rotary", "causal_attention")  # those whose inputs have heads
 EPS = 1e-6
 
 
@@ -15,7 +16,7 @@ def case(name, B, T, D, H, F, V, HKV=None, device="cuda", dtype=torch.bfloat16, 
     def randn(*shape, scale=1.0):
         return torch.randn(shape, device=device).mul_(scale).to(dtype).requires_grad_()
 
-    if name in ("rotary", "causal_attention"):
+    if name in HEAD_OPS:
         packed = randn(B, T, (H + 2 * HKV) * Dh).detach().unflatten(-1, (-1, Dh))  # as the model's projection
         q, k, v = (t.requires_grad_() for t in packed.split((H, HKV, HKV), 2))
     if name == "rotary":

@@ -165,7 +165,8 @@ def fault(ops, left):
     raise AssertionError("it was not noticed")
 
 
-CASES = [(f, ops, what) for f, whats in ((whole_run, SHAPES), (compiled_step, SHAPES), (fault, FAULTS)) for ops in SETS for what in whats]  # fmt: skip
+CASES = [(f, ops, shape) for f in (whole_run, compiled_step) for ops in SETS for shape in SHAPES]
+CASES += [(fault, ops, left) for ops in SETS for left in FAULTS]
 
 
 @pytest.fixture(scope="session")
