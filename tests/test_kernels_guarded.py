@@ -1,8 +1,9 @@
 """Every kernel with each of its tensors beside an unmapped page: a load or store outside one is a segmentation fault.
 
 The tensor's memory ends where an unmapped page begins, and then begins where one ends; what a strided tensor skips is NaN,
-and must be NaN afterwards. Every mask that is removed from a kernel's source must end in a fault. Faults kill the process
-that meets them, so that `python -m tests.test_kernels_guarded` forks one for each.
+and must be NaN afterwards. A mask that is removed from a kernel's source must end in a fault, or in a wrong result where it
+kept one part of a tensor from another. Faults kill the process that meets them, so that
+`python -m tests.test_kernels_guarded` forks one for each.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import HEAD_OPS, OPS, case, outputs
+from benchmarks.cases import HEAD_OPS, OPS, case, outputs, run
 from config import ROOT
 from tests import test_kernels_mutants as mutants
 from tests import triton_interpreter
+
+from kernels import eager  # isort: skip  after the interpreter is set up
 
 pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to check")
 pytestmark = pytest.mark.skipif(not triton_interpreter.INTERPRETED, reason="on a GPU memory cannot be guarded")
@@ -35,6 +38,8 @@ FILES = {
     "attention": ("causal_attention",),
     "cross_entropy": ("linear_cross_entropy",),
 }
+# Without a mask it would read the other half of its row, into lanes that are not stored.
+HARMLESS = ("tl.load(gate_up_ptr + row * 2 * F + cols, mask=cols < F)",)
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -103,7 +108,7 @@ def relaid(x, rng):
 
 
 def run_case(name, ops, rng):
-    """Forward and backward of an op at a random shape; every result must be finite, so every element has been written."""
+    """Forward and backward of an op at a random shape. An element that no program writes is NaN, and so is its result."""
     H, HKV, D = 1, 1, rng.choice((1, 7, 40, 129, 760))
     if name in HEAD_OPS:
         H, HKV = rng.choice(((1, 1), (2, 1), (3, 3)))
@@ -118,17 +123,19 @@ def run_case(name, ops, rng):
     out = outputs(lambda *xs: op(ops, *xs), inputs)
     grads = [torch.randn(o.shape).to(o.dtype) for o in out]
     grads = [relaid(g, rng) if rng.random() < 0.5 else g for g in grads]
-    for i, x in enumerate((*out, *torch.autograd.grad(out, inputs, grads))):
-        if name != "linear_cross_entropy" or shape["B"] * T > 1:  # its first target is none: alone, the loss is NaN
-            assert x.isfinite().all(), f"{name} {shape} {dtype}: result {i} is not finite"
+    results = (*out, *torch.autograd.grad(out, inputs, grads))
+    for i, (a, b) in enumerate(zip(results, run(lambda *xs: op(eager, *xs), inputs, grads), strict=True)):
+        a, b = a.float(), b.float()
+        right = (a - b).abs().max() <= 0.05 * b.abs().max().clamp(min=1) or (a.isnan() & b.isnan()).all()
+        assert right, f"{name} {shape} {dtype}: result {i} is wrong"  # by far: tests of each op have tolerances
 
 
 def unmasked(file):
     """Yields (line, source) of a kernel file with the mask of one load or store removed, for each of them."""
     source = (mutants.KERNELS / f"{file}.py").read_text()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and any(k.arg == "mask" for k in node.keywords):
-            segment = ast.get_source_segment(source, node)
+        segment = ast.get_source_segment(source, node) if isinstance(node, ast.Call) else ""
+        if segment not in HARMLESS and any(k.arg == "mask" for k in getattr(node, "keywords", ())):
             node.keywords = [k for k in node.keywords if k.arg not in ("mask", "other")]
             lines = source.splitlines(keepends=True)
             start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
@@ -193,7 +200,7 @@ def main(argv):
 def check(*argv):
     done = subprocess.run([sys.executable, "-m", "tests.test_kernels_guarded", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " 0 failed" in done.stdout and done.stdout.count("a fault") >= len(FILES) and "\n0 survived" in done.stdout
+    assert " 0 failed" in done.stdout and done.stdout.count("a fault") >= 4 and "\n0 survived" in done.stdout, done.stdout
 
 
 def test_no_kernel_touches_memory_beside_its_tensors_and_without_a_mask_it_does():
