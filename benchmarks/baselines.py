@@ -122,7 +122,7 @@ class NanoGPT(nn.Module):
         self.model.compile()
 
     def forward(self, tokens, targets):
-        return self.model(tokens, targets)[1]
+        return self.model(tokens.contiguous(), targets.contiguous())[1]  # it calls view()
 
     def optimizer(self, device_type):
         with contextlib.redirect_stdout(sys.stderr):

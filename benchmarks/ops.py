@@ -41,7 +41,7 @@ def median_ms(f) -> float:
 
 
 def measure(f, inputs) -> dict:
-    """Returns the ms of forward, backward and both, of both in a CUDA graph (None if f cannot be captured), and peak memory."""
+    """Returns the ms of forward, backward and both, and of both in a CUDA graph (None if f cannot be captured)."""
     from triton.testing import do_bench_cudagraph
 
     wanted = [x for x in inputs if x.requires_grad]
@@ -56,16 +56,12 @@ def measure(f, inputs) -> dict:
         backward_ms=median_ms(lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True)),
         both_ms=median_ms(both),
     )
-    out = None  # not counted as peak memory
     try:
         row["graph_ms"] = do_bench_cudagraph(both, return_mode="median")
     except RuntimeError:
         torch.cuda.synchronize()
         row["graph_ms"] = None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    return row | dict(peak_bytes=torch.cuda.max_memory_allocated() - before)
+    return row
 
 
 def allowed(dtype: torch.dtype, own: float) -> float:

@@ -136,8 +136,8 @@ class GPT(torch.nn.Module):
         self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
 
     def forward(self, idx, targets=None):
-        logits = self.lm_head(self.embed(idx))
-        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = self.lm_head(self.embed(idx.view(-1, idx.size(1))))
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.view(-1))
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         print("using fused AdamW: False")
