@@ -185,7 +185,7 @@ def report(tmp_path_factory):
         command.append(str(stub / "stub.so"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
 
 
 def name(case):
