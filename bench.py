@@ -1,5 +1,6 @@
-"""Measures every speed that the documentation quotes.
+"""Checks the kernels of a card, and measures every speed that the documentation quotes.
 
+    python bench.py check                   whether this card computes every op correctly, and which settings suit it
     python bench.py train [CONFIG.py ...] [--name=value ...]   training steps, against other models of the same shape
     python bench.py copy [CONFIG.py ...] [--name=value ...]    seconds, steps and tokens until a model copies
     python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile, SDPA and Liger
@@ -44,17 +45,18 @@ def each_config(args, settings: list[str]) -> dict:
         if args.what == "copy":
             result[name] = {"settings": settings, "seeds": copying.copy(argv, args.until, args.rounds or 3)}
         else:
-            result[name] = {"settings": settings} | training.compare(argv, args.rounds or 10)
+            result[name] = {"settings": settings} | training.compare(argv, args.rounds or 10, args.nanogpt)
             print(training.table(result[name]), flush=True)
     return result
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python bench.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("train", "copy", "kernels", "tiles", "data"))
+    parser.add_argument("what", choices=("check", "train", "copy", "kernels", "tiles", "data"))
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="for train and copy (default: by the device)")
     parser.add_argument("--rounds", type=int, help="for train (10) and data (5); for copy, the number of seeds (3)")
     parser.add_argument("--until", type=float, choices=(0.5, 0.9), default=0.9, help="for copy: the exact match to reach (0.9)")
+    parser.add_argument("--nanogpt", metavar="PATH", help="for train: a checkout of nanoGPT, one more baseline")
     parser.add_argument("--json", metavar="FILE", help="write the result to this file too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args(argv)
@@ -62,12 +64,17 @@ def main(argv: list[str]) -> int:
         parser.error(f"--rounds={args.rounds}: must be at least 1")
     if args.json and not Path(args.json).parent.is_dir():
         parser.error(f"--json={args.json}: no such folder to write it to")
-    from benchmarks import machine, ops, preparing, training  # here, so that Ctrl-C while torch is imported is one line too
+    from benchmarks import baselines, checking, machine, ops, preparing, training  # here: Ctrl-C before torch is one line too
+    from runtime import distributed
 
+    if args.nanogpt:
+        baselines.nanogpt(args.nanogpt)  # a mistake is reported before anything is timed
+    if args.what == "check":
+        return checking.main(distributed.pick_device(load(settings).device))
     if args.what in ("kernels", "tiles"):
         return ops.main(args.what)
     if args.one:
-        training.take_turns(load([*args.configs, *settings]), args.one)
+        training.take_turns(load([*args.configs, *settings]), args.one, args.nanogpt)
         return 0
     about = machine.machine()  # before anything is timed: the commit may change while it runs
     if args.what == "data":

@@ -5,6 +5,9 @@ runs under autocast in bf16. PlainLlama is what one writes first: separate proje
 """
 
 import contextlib
+import importlib.util
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +93,40 @@ class HuggingFace(nn.Module):
 
     def forward(self, tokens, targets):
         return self.model(input_ids=tokens, labels=tokens).loss
+
+
+def nanogpt(path: str):
+    """Returns the module model.py of a checkout of nanoGPT. Raises UserError if there is none."""
+    file = Path(path, "model.py")
+    try:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.GPT and module.GPTConfig
+    except Exception as e:  # whatever that file may raise
+        raise UserError(
+            f"--nanogpt={path}: expected a checkout of nanoGPT, whose model.py defines GPT and GPTConfig ({e})"
+        ) from None
+    return module
+
+
+class NanoGPT(nn.Module):
+    """nanoGPT's model (a GPT-2: learned positions, LayerNorm, GELU, tied embeddings) of the same shape, compiled as it does."""
+
+    def __init__(self, c: Config, path: str):
+        super().__init__()
+        theirs = nanogpt(path)
+        shape = dict(n_layer=c.n_layers, n_head=c.n_heads, n_embd=c.dim, block_size=c.seq_len, vocab_size=c.vocab_size)
+        with contextlib.redirect_stdout(sys.stderr):
+            self.model = theirs.GPT(theirs.GPTConfig(**shape, dropout=c.attn_dropout, bias=False))
+        self.model.compile()
+
+    def forward(self, tokens, targets):
+        return self.model(tokens.contiguous(), targets.contiguous())[1]  # it calls view()
+
+    def optimizer(self, device_type):
+        with contextlib.redirect_stdout(sys.stderr):
+            return self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type)  # as its train.py does
 
 
 def compiled(c: Config, *options):

@@ -24,7 +24,7 @@ from torch.profiler import profile
 
 import kernels
 import train
-from benchmarks.baselines import BASELINES, ON
+from benchmarks.baselines import BASELINES, ON, NanoGPT
 from config import ROOT, Config, load
 from data import bins
 from errors import UserError
@@ -32,7 +32,7 @@ from model import Llama
 from runtime import distributed, metrics
 
 SECONDS = 2
-OURS, RANKS = "ours", "ours, a rank a core"
+OURS, RANKS, NANOGPT = "ours", "ours, a rank a core", "nanoGPT"
 
 # The parts of a step by substrings of the names of GPU kernels or, on a CPU, of torch's ops; the first match counts.
 PARTS = {
@@ -53,7 +53,7 @@ def part_of(name: str) -> str:
 class Steps:
     """A model and its optimizer, ours or a baseline's, and training steps of them: ours are the trainer's own updates."""
 
-    def __init__(self, c: Config, who: str, world: distributed.World):
+    def __init__(self, c: Config, who: str, world: distributed.World, nanogpt: str | None = None):
         self.config, self.who, self.world = c, who, world
         self.cuda = world.device.type == "cuda"
         self.batch = c.batch_size // world.size
@@ -72,10 +72,13 @@ class Steps:
             self.folder = tempfile.TemporaryDirectory()
             windows.astype("<u2").tofile(f"{self.folder.name}/train.bin")
             self.bin = bins.Bin(f"{self.folder.name}/train.bin", c.seq_len, c.vocab_size)
+            return
+        self.windows = windows[: self.batch]
+        self.model = (NanoGPT(c, nanogpt) if who == NANOGPT else BASELINES[who](c)).to(world.device)
+        if who == NANOGPT:
+            self.optimizer = self.model.optimizer(world.device.type)
         else:
-            self.model = BASELINES[who](c).to(world.device)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=self.cuda)
-            self.windows = windows[: self.batch]
 
     def update(self, micro: int):
         if self.who == OURS:
@@ -92,11 +95,11 @@ class Steps:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
 
-    def seconds(self, micro: int) -> float:
-        """Returns the median step of a turn, after two that are not counted."""
+    def seconds(self, micro: int) -> tuple[float, float]:
+        """Returns the median step of a turn, after two that are not counted, and the mean CPU time of all threads and ranks."""
         for _ in range(2):
             self.update(micro)
-        times, started = [], time.perf_counter()
+        times, started, cpu = [], time.perf_counter(), time.process_time()
         at_once = 5 if self.cuda else 1  # as in training, the host runs ahead of a GPU
         while self.world.any(time.perf_counter() - started < SECONDS or len(times) < 5):  # the ranks have to agree
             self.wait()
@@ -105,7 +108,8 @@ class Steps:
                 self.update(micro)
             self.wait()
             times.append((time.perf_counter() - before) / at_once)
-        return statistics.median(times)
+        cpu = (time.process_time() - cpu) / (len(times) * at_once)
+        return statistics.median(times), self.world.sum(torch.tensor(cpu)).item()
 
     def wait(self):
         if self.cuda:
@@ -119,7 +123,7 @@ class Steps:
         for micro in (64, 32, 16, 8, 4):
             if self.batch % micro == 0:
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    times[micro] = self.seconds(micro)
+                    times[micro] = self.seconds(micro)[0]
                 torch.cuda.empty_cache()
         if not times:
             raise UserError("no micro-batch fits the device's memory")
@@ -149,21 +153,22 @@ class Steps:
         return torch.cuda.max_memory_allocated() / 1e9
 
 
-def take_turns(c: Config, who: str):
-    """Runs in a process of its own: prints the seconds of a step for each line on stdin and, at its end, the rest of the row.
+def take_turns(c: Config, who: str, nanogpt: str | None = None):
+    """Runs in a process of its own: prints what `seconds` returns for each line on stdin and, at its end, the rest of the row.
 
     A baseline that is not installed or does not fit prints why.
     """
     try:
         # The baselines do without what the trainer sets up for a process.
         world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
-        steps = Steps(c, who, world)
+        steps = Steps(c, who, world, nanogpt)
         micro = steps.fastest_micro()
         while world.any(world.rank == 0 and bool(sys.stdin.readline())):
             world.say(json.dumps(steps.seconds(micro)))
             if steps.cuda:
                 torch.cuda.empty_cache()  # for the turn of the next one
-        row = {"micro_batch_size": micro, "peak_GB": steps.peak_gb(micro)}
+        parameters = sum(p.numel() for p in steps.model.parameters())
+        row = {"parameters": parameters, "micro_batch_size": micro, "peak_GB": steps.peak_gb(micro)}
         world.say(json.dumps(row | ({"parts_ms": steps.parts(micro)} if who == OURS and world.size == 1 else {})))
         distributed.leave()
     except (UserError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
@@ -178,7 +183,7 @@ class Worker:
         if who == RANKS:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torch.get_num_threads()}"]
         command = [*launch, str(ROOT / "bench.py"), "train", *argv, f"--one={OURS if who == RANKS else who}"]
-        self.who, self.seconds, self.row = who, [], {}
+        self.who, self.turns, self.row = who, [], {}
         self.log = tempfile.TemporaryFile("w+")
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
@@ -193,7 +198,7 @@ class Worker:
         if isinstance(found, dict):
             self.row = found
         else:
-            self.seconds.append(found)
+            self.turns.append(found)
 
     def end(self):
         if "failed" not in self.row:
@@ -212,26 +217,28 @@ class Worker:
         return {"failed": (self.log.read().strip().splitlines() or ["it ended without a message"])[-1]}
 
 
-def compare(argv: list[str], rounds: int) -> dict:
+def compare(argv: list[str], rounds: int, nanogpt: str | None = None) -> dict:
     """Returns the results of one config, whose device is cuda or cpu; `of` maps each model to its row, see `summary`."""
     c = load(argv)
     workers = []
     try:
-        for who in [*ON[c.device], OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]:
+        others = [NANOGPT] * bool(nanogpt)
+        argv = argv + [f"--nanogpt={nanogpt}"] * bool(nanogpt)
+        for who in [*ON[c.device], *others, OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]:
             workers.append(Worker(argv, who))
             workers[-1].turn()  # it compiles: not counted
-            workers[-1].seconds.clear()
+            workers[-1].turns.clear()
         for i in range(rounds):
             for one in workers:
                 one.turn()
-            times = [f"{one.who} {1000 * one.seconds[-1]:.1f}" for one in workers if "failed" not in one.row]
+            times = [f"{one.who} {1000 * one.turns[-1][0]:.1f}" for one in workers if "failed" not in one.row]
             print(f"round {i + 1}, ms: {', '.join(times)}", flush=True)
         for one in workers:
             one.end()
     finally:
         for one in workers:
             one.process.terminate()
-    found = summary({one.who: one.row | {"seconds": one.seconds} for one in workers}, c.batch_size * c.seq_len)
+    found = summary({one.who: one.row | {"turns": one.turns} for one in workers}, c.batch_size * c.seq_len)
     if peak := metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None:
         for row in found.values():
             if "failed" not in row:
@@ -240,32 +247,35 @@ def compare(argv: list[str], rounds: int) -> dict:
 
 
 def summary(rows: dict[str, dict], tokens: int) -> dict:
-    """Replaces the `seconds` of each round by the median step, as tokens_per_s and ms, and adds ours_over: the median and the
-    quartiles, over the rounds, of our tokens per second divided by the row's.
+    """Replaces the `turns` by tokens_per_s and ms, of the median step, and tokens_per_cpu_s, and adds ours_over and
+    ours_over_cpu: the median and the quartiles, over the rounds, of our tokens per second divided by the row's.
     """
     result = {}
     for who, row in rows.items():
-        result[who] = {name: value for name, value in row.items() if name != "seconds"}
+        result[who] = {name: value for name, value in row.items() if name != "turns"}
         if "failed" in row:
             continue
-        seconds = statistics.median(row["seconds"])
-        result[who] |= {"tokens_per_s": tokens / seconds, "ms": 1000 * seconds}
+        seconds, cpu = (statistics.median(column) for column in zip(*row["turns"], strict=True))
+        result[who] |= {"tokens_per_s": tokens / seconds, "ms": 1000 * seconds, "tokens_per_cpu_s": tokens / cpu}
         if who != OURS and "failed" not in rows[OURS]:
-            ratios = [theirs / ours for theirs, ours in zip(row["seconds"], rows[OURS]["seconds"], strict=True)]
-            result[who]["ours_over"] = [statistics.median(ratios), *np.quantile(ratios, (0.25, 0.75)).tolist()]
+            for i, name in enumerate(("ours_over", "ours_over_cpu")):
+                ratios = [theirs[i] / ours[i] for theirs, ours in zip(row["turns"], rows[OURS]["turns"], strict=True)]
+                result[who][name] = [statistics.median(ratios), *np.quantile(ratios, (0.25, 0.75)).tolist()]
     return result
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':<30}{'tokens/s':>10}{'ms':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (quartiles)"]
+    lines = [
+        f"{'':<30}{'tokens/s':>10}{'ms':>9}{'/CPU s':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (quartiles); by CPU time"
+    ]
     for who, row in result["of"].items():
         if "failed" in row:
             lines.append(f"{who:<30}{row['failed']}")
             continue
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else ""
-        ratio = "   {:.2f} ({:.2f} to {:.2f})".format(*row["ours_over"]) if "ours_over" in row else ""
-        figures = f"{row['tokens_per_s']:>10,.0f}{row['ms']:>9.1f}{row['micro_batch_size']:>7}{row['peak_GB']:>7.2f}"
-        lines.append(f"{who:<30}{figures}{mfu:>7}{ratio}")
+        ratios = "; ".join("{:.2f} ({:.2f} to {:.2f})".format(*row[k]) for k in ("ours_over", "ours_over_cpu") if k in row)
+        figures = f"{row['tokens_per_s']:>10,.0f}{row['ms']:>9.1f}{row['tokens_per_cpu_s']:>9,.0f}{row['micro_batch_size']:>7}"
+        lines.append(f"{who:<30}{figures}{row['peak_GB']:>7.2f}{mfu:>7}   {ratios}".rstrip())
     if parts := result["of"][OURS].get("parts_ms"):
         lines.append("of ours, ms: " + ", ".join(f"{part} {ms:.1f}" for part, ms in parts.items()))
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import torch
 from errors import UserError
 
 HEAD_DIMS = (16, 32, 64, 128)  # that the Triton attention supports
+SDPA_IS_FASTER = ()  # compute capabilities, (major, minor), at which `bench.py check` has measured it
 
 
 def choose(name: str, device, head_dim: int, dtype=None, say=None):
@@ -26,7 +27,7 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
     with one line that names the choice and the reason. Raises errors.UserError if the named set cannot run here.
     """
     if name in ("auto", "fused"):
-        reason = _why_not_fused(device, head_dim)
+        reason = why_not_fused(device, head_dim)
         if name == "fused" and reason:
             raise UserError(f"kernels=fused: {reason}; use --kernels=auto")
         if name == "fused" and device.type == "cpu":
@@ -35,6 +36,8 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
         if name == "auto":
             if device.type == "cpu":
                 reason = "this is a CPU"
+            elif not reason and torch.cuda.get_device_capability(device) in SDPA_IS_FASTER:
+                reason = "it is faster on this generation of GPUs"
             elif dtype == torch.float32:
                 reason = reason or "the Triton attention is made for 16-bit activations"
             name = "sdpa" if reason else "fused"
@@ -43,7 +46,7 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
     return importlib.import_module(f"kernels.{name}")
 
 
-def _why_not_fused(device, head_dim: int) -> str | None:
+def why_not_fused(device, head_dim: int) -> str | None:
     """Returns why the Triton kernels cannot run on a device, or None."""
     if head_dim not in HEAD_DIMS:
         return f"the Triton kernels take head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"

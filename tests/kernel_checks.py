@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.cases import error, errors, run  # noqa: F401
 from tests.triton_interpreter import DEVICE, INTERPRETED
 
 pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to check")
@@ -33,33 +34,13 @@ def randn(*shape, dtype=torch.float32, scale=1.0):
     return torch.randn(shape, device=DEVICE).mul(scale).to(dtype).requires_grad_()
 
 
-def run(op, inputs, grads):
-    """The outputs of op and the gradients of those inputs that want one, given the outputs' gradients."""
-    out = op(*inputs)
-    out = out if isinstance(out, tuple) else (out,)
-    return *out, *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grads)
-
-
-def to64(x):
-    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-
-
-def error(a, b, floor=0.0):
-    assert a.shape == b.shape
-    return ((a.double() - b).norm() / b.norm().clamp(min=floor)).item()
-
-
 def check(fused, eager, torchs, inputs, grads, factor, floor=0.0):
     """The tolerance rule, for every output and every gradient of op(*inputs); norms below `floor` count as `floor`."""
     before = [x.detach().clone() for x in inputs]
-    got, own = run(fused, inputs, grads), run(torchs, inputs, grads)
-    exact = run(eager, [to64(x) for x in inputs], [g.double() for g in grads])
-    assert len(got) == len(own) == len(exact)
     dtype = inputs[0].dtype
-    for i, (a, b, c) in enumerate(zip(got, own, exact, strict=True)):
-        assert a.dtype == b.dtype, f"result {i} is {a.dtype}, torch's {b.dtype}"
-        bound = 1e-6 if dtype == torch.float32 else factor * error(b, c, floor) + torch.finfo(dtype).eps / 4
-        assert error(a, c, floor) <= bound, f"result {i}: error {error(a, c, floor):.2e}, allowed {bound:.2e}"
+    for i, (got, own) in enumerate(zip(*errors([fused, torchs], eager, inputs, grads, floor), strict=True)):
+        bound = 1e-6 if dtype == torch.float32 else factor * own + torch.finfo(dtype).eps / 4
+        assert got <= bound, f"result {i}: error {got:.2e}, allowed {bound:.2e}"
     for x, y in zip(inputs, before, strict=True):
         assert torch.equal(x, y), "an input was changed"
 

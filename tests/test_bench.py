@@ -1,5 +1,6 @@
 """What bench.py compares, reads off a profile and off a run; its times are of the machine and are not tested."""
 
+import importlib
 import io
 import json
 import signal
@@ -10,7 +11,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import baselines, copying, ops, training
+import bench
+from benchmarks import baselines, checking, copying, ops, training
 from config import ROOT, Config, load
 from errors import UserError
 from kernels import eager
@@ -95,8 +97,8 @@ def test_a_model_takes_its_turns_and_ends_with_its_row(who, settings, monkeypatc
     monkeypatch.setattr(training, "SECONDS", 0.01)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
     training.take_turns(load([*ARGV, *settings]), who)
-    *seconds, row = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(seconds) == 2 and all(0 < s < 10 for s in seconds) and row["peak_GB"] > 0.05
+    *turns, row = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(turns) == 2 and all(0 < s < 10 for turn in turns for s in turn) and row["peak_GB"] > 0.05
     assert ("parts_ms" in row) == (who == training.OURS)
     if who == training.OURS:
         parts = row["parts_ms"]
@@ -112,10 +114,117 @@ def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
     assert "is not installed" in training.table({"of": found})
 
 
+NANOGPT = """
+import torch
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: 0.00M")
+        self.embed = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.lm_head = torch.nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.embed(idx.view(-1, idx.size(1))))
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.view(-1))
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("using fused AdamW: False")
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+
+
+def test_nanogpt_takes_its_turns_with_its_own_optimizer(tmp_path, monkeypatch, capsys):
+    """A module with the interface of its model.py stands in for nanoGPT."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(training, "SECONDS", 0.01)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    training.take_turns(load(ARGV), training.NANOGPT, str(tmp_path))
+    turn, row = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert min(turn) > 0 and row["parameters"] == 2 * 65 * 32
+
+
+def test_a_path_without_nanogpt_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="expected a checkout of nanoGPT, whose model.py defines GPT and GPTConfig") as e:
+        bench.main(["train", *ARGV, f"--nanogpt={tmp_path}"])
+    assert "\n" not in str(e.value)
+    (tmp_path / "model.py").write_text("class GPT: ...")
+    with pytest.raises(UserError, match="--nanogpt="):
+        baselines.nanogpt(str(tmp_path))
+
+
+# bench.py check
+
+
+def wrong_swiglu(gate_up):
+    return 1.02 * eager.swiglu(gate_up)
+
+
+@pytest.fixture
+def small_check(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to check")
+    monkeypatch.setattr(checking, "OPS", ("swiglu", "rotary"))
+    small = dict(B=1, T=5, D=32, H=2, F=24, V=8, device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(checking, "problems", lambda device: [(name, small) for name in checking.OPS])
+    return monkeypatch
+
+
+def test_check_says_that_right_kernels_are_right(small_check, capsys):
+    assert bench.main(["check", "--device=cpu"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "these settings are right for this CPU: --kernels=auto takes sdpa"
+
+
+@pytest.mark.parametrize("op_set, advice", [("fused", "sdpa"), ("sdpa", "eager")])
+def test_check_finds_a_wrong_op_and_says_what_to_pass_instead(op_set, advice, small_check, capsys):
+    small_check.setattr(importlib.import_module(f"kernels.{op_set}"), "swiglu", wrong_swiglu)
+    assert bench.main(["check", "--device=cpu"]) == 4
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == f"pass --kernels={advice}: these ops are wrong on this CPU ({op_set}: swiglu)"
+
+
+def test_check_finds_an_op_that_cannot_be_built(small_check, capsys):
+    def fails(*args):
+        raise ValueError("out of registers")
+
+    small_check.setattr(importlib.import_module("kernels.fused"), "swiglu", fails)
+    assert bench.main(["check", "--device=cpu"]) == 4
+    assert "ValueError: out of registers" in capsys.readouterr().out
+
+
+def test_the_advice_follows_errors_first_and_times_second():
+    none = {"fused": [], "sdpa": []}
+    right = ("these settings are right for X: --kernels=auto takes fused", 0)
+    assert checking.verdict("fused", none, {"fused": 1.0, "sdpa": 3.0, "compile": 2.0}, "X") == right
+    slower = checking.verdict("fused", none, {"fused": 2.0, "sdpa": 3.0, "compile": 1.0}, "X")
+    assert slower == ("pass --kernels=sdpa: its ops take 1.00 ms where the Triton kernels take 2.00", 0)
+    line, status = checking.verdict("fused", {"fused": ["rotary"], "sdpa": []}, {}, "X")
+    assert line == "pass --kernels=sdpa: these ops are wrong on X (fused: rotary)" and status == 4
+
+
 def test_ratios_are_of_the_same_round():
-    rows = {who: {"seconds": seconds} for who, seconds in {"plain": [8, 4, 2], "ours": [4, 1, 2]}.items()}
+    rows = {"plain": {"turns": [(8, 16), (4, 4), (2, 2)]}, "ours": {"turns": [(4, 8), (1, 4), (2, 1)]}}
     found = training.summary(rows, tokens=8)
-    assert found["plain"] == {"tokens_per_s": 2, "ms": 4000, "ours_over": [2, 1.5, 3]} and "ours_over" not in found["ours"]
+    assert found["plain"] == {
+        "tokens_per_s": 2,
+        "ms": 4000,
+        "tokens_per_cpu_s": 2,
+        "ours_over": [2, 1.5, 3],
+        "ours_over_cpu": [2, 1.5, 2],
+    }
+    assert "ours_over" not in found["ours"]
 
 
 def test_a_level_is_reached_at_the_second_of_two_evaluations():

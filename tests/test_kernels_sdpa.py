@@ -63,6 +63,15 @@ def test_attention_and_its_gradients_equal_the_definition(shape, dtype):
     check(lambda ops, q, k, v: ops.causal_attention(q, k, v), inputs, floor)
 
 
+@pytest.mark.parametrize("Dh", [*range(2, 33, 2), 40, 48, 80, 96, 112, 160, 192, 288])
+def test_any_head_dim_that_rotary_can_split_equals_the_definition(Dh):
+    inputs = [randn(1, 9, 2, Dh), randn(1, 9, 1, Dh, seed=1), randn(1, 9, 1, Dh, seed=2)]
+    check(lambda ops, q, k, v: ops.causal_attention(q, k, v), inputs)
+    check(lambda ops, q, k, v: ops.causal_attention(q, k, v, 0.25, torch.tensor([3])), inputs)
+    angles = torch.rand(9, Dh // 2, generator=torch.Generator().manual_seed(0))
+    check(lambda ops, q, k: ops.rotary(q, k, angles.cos(), angles.sin()), inputs[:2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES[:-1])
 def test_dropout_uses_the_mask_of_the_definition(shape, dtype):
@@ -209,6 +218,15 @@ def test_auto_does_without_triton_where_its_first_launch_fails(gpu):
         assert ops is sdpa and "Triton does not work on this machine (" in line
         with pytest.raises(UserError, match="Triton does not work on this machine .*use --kernels=auto"):
             kernels.choose("fused", CUDA, 64)
+
+
+def test_auto_follows_the_table_of_cards_on_which_sdpa_is_faster(gpu):
+    pytest.importorskip("triton", reason="Triton is not installed: there is no choice")
+    gpu.setattr(kernels, "SDPA_IS_FASTER", ((9, 0),))
+    ops, line = auto(CUDA)
+    assert ops is sdpa and line == "kernels: sdpa, because it is faster on this generation of GPUs"
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert auto(CUDA)[0].__name__ == "kernels.fused"
 
 
 def test_a_named_set_is_taken_or_refused():
