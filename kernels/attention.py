@@ -372,7 +372,8 @@ def parts(qkv, n_kv_heads):
     return qkv.split((qkv.shape[2] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=2)
 
 
-@torch.library.custom_op("copyllama::attention", mutates_args=())
+# Inductor's cache on disk knows an op by its name: one whose arguments or results change takes a new name.
+@torch.library.custom_op("copyllama::attention_forward", mutates_args=())
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -389,7 +390,7 @@ def packed_attention(
     return *forward(q, k, v, dropout_p, seed), q, k
 
 
-@torch.library.custom_op("copyllama::attention_backward", mutates_args=())
+@torch.library.custom_op("copyllama::attention_gradient", mutates_args=())
 def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,

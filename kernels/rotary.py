@@ -97,7 +97,7 @@ def rotate(q, k, cos, sin):
     return out
 
 
-@torch.library.custom_op("copyllama::rotate", mutates_args=())
+@torch.library.custom_op("copyllama::rotate_heads", mutates_args=())
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates channel pairs (i, i + Dh/2) by the angle of their position.
 
