@@ -5,6 +5,7 @@
     python bench.py copy [CONFIG.py ...] [--name=value ...]    seconds, steps and tokens until a model copies
     python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile, SDPA and Liger
     python bench.py tiles                   each Triton op on a GPU, under other tile sizes, warps and stages
+    python bench.py bytes [CONFIG.py] [--name=value ...]       bytes that a training step moves outside of matmuls, per kernel
     python bench.py data                    data.prepare on this Python's standard library, against encode() in a bare loop
 
 On a GPU `train` takes llama162m at a batch of 64 and `copy` copyrun; on a CPU tiny and pycode, and tiny. --name=value changes
@@ -52,7 +53,7 @@ def each_config(args, settings: list[str]) -> dict:
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python bench.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("check", "train", "copy", "kernels", "tiles", "data"))
+    parser.add_argument("what", choices=("check", "train", "copy", "kernels", "tiles", "bytes", "data"))
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="for train and copy (default: by the device)")
     parser.add_argument("--rounds", type=int, help="for train (10) and data (5); for copy, the number of seeds (3)")
     parser.add_argument("--until", type=float, choices=(0.5, 0.9), default=0.9, help="for copy: the exact match to reach (0.9)")
@@ -73,6 +74,11 @@ def main(argv: list[str]) -> int:
         return checking.main(distributed.pick_device(load(settings).device))
     if args.what in ("kernels", "tiles"):
         return ops.main(args.what)
+    if args.what == "bytes":
+        from benchmarks import traffic  # which needs Triton
+
+        print(traffic.table(load([*(args.configs or [str(ROOT / "configs/llama162m.py")]), "--batch_size=64", *settings])))
+        return 0
     if args.one:
         training.take_turns(load([*args.configs, *settings]), args.one, args.nanogpt)
         return 0

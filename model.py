@@ -34,19 +34,24 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.dim, sum(self.heads) * config.head_dim, config.attention_bias)
         self.wo = Linear(config.n_heads * config.head_dim, config.dim, config.attention_bias)
 
+    def project(self, x):
+        """x (B, T, D) -> the heads of q, k and v, one after the other, (B, T, H + 2 Hkv, Dh)."""
+        return self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+
     def qkv(self, x, rope):
         """x (B, T, D) -> q (B, T, H, Dh), k and v (B, T, Hkv, Dh), with q and k rotated to their positions."""
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, Dh)
-        q, k, v = qkv.split(self.heads, dim=2)
+        q, k, v = self.project(x).split(self.heads, dim=2)
         q, k = self.ops.rotary(q, k, *rope)
         return q, k, v
 
     def forward(self, x, rope, seed=None, kv_cache=None):
-        q, k, v = self.qkv(x, rope)
-        if kv_cache is not None:
-            k, v = kv_cache.append(k, v)  # (B, start + T, Hkv, Dh)
         dropout = self.dropout if self.training else 0.0
-        y = self.ops.causal_attention(q, k, v, dropout, seed)  # (B, T, H, Dh)
+        if kv_cache is None:
+            y = self.ops.rotary_attention(self.project(x), *rope, self.heads[1], dropout, seed)  # (B, T, H, Dh)
+        else:
+            q, k, v = self.qkv(x, rope)
+            k, v = kv_cache.append(k, v)  # (B, start + T, Hkv, Dh)
+            y = self.ops.causal_attention(q, k, v, dropout, seed)  # (B, T, H, Dh)
         return self.wo(y.flatten(2))
 
 
@@ -71,11 +76,15 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.empty(config.dim))
         self.mlp = MLP(config, ops)
 
-    def forward(self, x, rope, seed=None, kv_cache=None):
-        """x (B, T, D) -> (B, T, D). seed (B,) keys attention dropout; kv_cache is this layer's part of a KVCache."""
-        y = self.attention(self.ops.rms_norm(x, self.attention_norm, self.eps), rope, seed, kv_cache)
-        y, x = self.ops.add_rms_norm(y, x, self.mlp_norm, self.eps)
-        return x + self.mlp(y)
+    def forward(self, x, residual, next_norm, rope, seed=None, kv_cache=None):
+        """Reads and writes the residual stream (B, T, D): x is its norm by attention_norm, computed by what precedes the block.
+
+        Returns its norm by next_norm (D,), which the next block reads, and the stream: an addition and the norm that follows
+        it are one op. seed (B,) keys attention dropout; kv_cache is this layer's part of a KVCache.
+        """
+        x = self.attention(x, rope, seed, kv_cache)
+        x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.ops.add_rms_norm(self.mlp(x), residual, next_norm, self.eps)
 
 
 class Llama(nn.Module):
@@ -126,14 +135,20 @@ class Llama(nn.Module):
     def hidden(self, tokens, seed=None, cache=None):
         """Token ids (B, T) -> the normed residual stream (B, T, D), which lm_head reads."""
         start = cache.length if cache else 0
-        x = self.embed(tokens).to(self.dtype)  # (B, T, D)
         rope = self.rope(start, tokens.shape[1])
-        for i, block in enumerate(self.blocks):
+        x, residual, norms = self.embedded(tokens)
+        for i, (block, norm) in enumerate(zip(self.blocks, norms, strict=True)):
             run = block if self.training else block.forward  # a block is compiled for the one shape of training
-            x = run(x, rope, None if seed is None else seed + i, cache and cache.layer(i))
+            x, residual = run(x, residual, norm, rope, None if seed is None else seed + i, cache and cache.layer(i))
         if cache:
             cache.length += tokens.shape[1]
-        return self.ops.rms_norm(x, self.norm, self.config.norm_eps)
+        return x
+
+    def embedded(self, tokens):
+        """Token ids (B, T) -> what the first block reads, (B, T, D) twice, and the norm weight that each block ends with."""
+        first, *norms = *(block.attention_norm for block in self.blocks), self.norm
+        residual = self.embed(tokens).to(self.dtype)
+        return self.ops.rms_norm(residual, first, self.config.norm_eps), residual, norms
 
     def forward(self, tokens, targets=None, seed=None, cache=None):
         """Token ids (B, T) -> the mean loss over the targets (B, T) that are not -100, in nats; or logits (B, T, V).
@@ -150,12 +165,12 @@ class Llama(nn.Module):
     @torch.no_grad()
     def attention_maps(self, tokens):
         """Yields the attention probabilities (B, H, T, T) of one layer after the other, keeping none."""
-        x = self.embed(tokens).to(self.dtype)  # (B, T, D)
         rope = self.rope(0, tokens.shape[1])
-        for block in self.blocks:
-            q, k, _ = block.attention.qkv(self.ops.rms_norm(x, block.attention_norm, block.eps), rope)
+        x, residual, norms = self.embedded(tokens)
+        for block, norm in zip(self.blocks, norms, strict=True):
+            q, k, _ = block.attention.qkv(x, rope)
             yield self.ops.attention_probs(q, k)
-            x = block.forward(x, rope)
+            x, residual = block.forward(x, residual, norm, rope)
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=0.0, top_k=0):

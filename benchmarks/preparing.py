@@ -28,7 +28,7 @@ def prepare_rates(rounds: int) -> dict:
         prepare = [sys.executable, "-m", "data.prepare", "python-stdlib"]
         subprocess.run([*prepare, "--tokenizer=bpe", "--vocab_size=32000", f"--out={folder}/bpe"], cwd=ROOT, check=True)
         encode = SentencePiece(Path(model).read_bytes()).sp.encode
-        texts = [document.text for part in sources.python_stdlib() for document in part.read(None) if document.text]
+        texts = [document.text for part in sources.python_stdlib() for document, _ in part.read(None) if document.text]
         for i in range(rounds):
             start = time.perf_counter()
             row = {"bare": sum(len(encode(text)) for text in texts) / (time.perf_counter() - start)}

@@ -18,12 +18,17 @@ Backward is two kernels that both recompute S: one owns a block of keys (dk, dv)
 7 matmuls instead of 5, but it needs no atomics, so the bits are the same in every run, and each kernel has the tile size
 that suits it. With grouped queries the dk, dv program loops over the query heads of its key head; K and V are never repeated.
 
+Both write into one tensor, the gradient of the packed projection qkv, which its matmul reads as it is. The gradients of q and
+k are rotated back (kernels.rotary) before they are stored, in fp32: that of the rotation moves no bytes of its own.
+
 Program ids are cast to int64 before they are multiplied; offsets inside a tile are int32.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from kernels.rotary import rotate, rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -39,6 +44,27 @@ def keep_mask(seed, head, first_query, first_key, QUERIES: tl.constexpr, KEYS: t
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(QUERIES, KEYS // 16, 4, 1)  # in the order w0 w1 w2 w3
     byte = (words >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]) & 0xFF  # (QUERIES, KEYS/16, 4, 4)
     return (byte >= DROPPED).reshape(QUERIES, KEYS)
+
+
+@triton.jit
+def store_rotated_back(
+    ptr,  # the first channel of the first row
+    x,  # (ROWS, D) fp32
+    inside,  # (ROWS, 1)
+    first,  # position of the first row
+    cos_ptr,  # (T, D/2) fp32
+    sin_ptr,  # (T, D/2) fp32
+    STRIDE: tl.constexpr,  # of a row
+    D: tl.constexpr,
+):
+    """Stores the gradient of a rotated head, at consecutive positions, as that of the head before its rotation."""
+    HALF: tl.constexpr = D // 2
+    n, i = tl.arange(0, x.shape[0])[:, None], tl.arange(0, HALF)[None, :]
+    x1, x2 = tl.split(tl.permute(x.reshape(x.shape[0], 2, HALF), (0, 2, 1)))  # (ROWS, HALF)
+    cos = tl.load(cos_ptr + (first + n) * HALF + i, mask=inside, other=0.0)  # (ROWS, HALF)
+    sin = tl.load(sin_ptr + (first + n) * HALF + i, mask=inside, other=0.0)
+    tl.store(ptr + (n * STRIDE + i), (x1 * cos + x2 * sin).to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + (n * STRIDE + i + HALF), (x2 * cos - x1 * sin).to(ptr.dtype.element_ty), mask=inside)
 
 
 # fmt: off
@@ -113,7 +139,9 @@ def attention_dq_kernel(
     do_ptr,  # (B, Tq, H, D)
     lse_ptr,  # (B, H, stats_T) fp32
     seed_ptr,  # (B,) int64, or None
-    dq_ptr,  # (B, Tq, H, D)
+    cos_ptr,  # (Tk, D/2) fp32: the table that q and k were rotated by
+    sin_ptr,  # (Tk, D/2) fp32
+    dqkv_ptr,  # (B, Tk, H + 2 Hkv, D): dq, then dk and dv, which the other kernel writes
     delta_ptr,  # (B, H, stats_T) fp32: written here, read by the other kernel
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     Tq, Tk, stats_T, scale,
@@ -134,9 +162,11 @@ def attention_dq_kernel(
     q_ptr += b * q_stride_b + start * q_stride_t + head * q_stride_h
     k_ptr += b * k_stride_b + head // GROUP * k_stride_h
     v_ptr += b * v_stride_b + head // GROUP * v_stride_h
+    HEADS: tl.constexpr = H + 2 * (H // GROUP)
+    dqkv_ptr += ((b * Tk + Tk - Tq + start) * HEADS + head) * D
     k_tile = n[:, None] * k_stride_t + d[None, :]  # (KEYS, D)
     v_tile = n[:, None] * v_stride_t + d[None, :]  # (KEYS, D)
-    rows = ((b * Tq + start) * H + head) * D + i[:, None] * (H * D) + d[None, :]  # (QUERIES, D), of out, do and dq
+    rows = ((b * Tq + start) * H + head) * D + i[:, None] * (H * D) + d[None, :]  # (QUERIES, D), of out and do
     stats = (b * H + head) * stats_T + start + i  # (QUERIES,), of lse and delta
     inside = start + i < Tq
     q = tl.load(q_ptr + i[:, None] * q_stride_t + d[None, :], mask=inside[:, None], other=0.0)  # (QUERIES, D)
@@ -166,7 +196,7 @@ def attention_dq_kernel(
                 dp = tl.where(keep, dp * (256 / (256 - DROPPED)), 0.0)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    tl.store(dq_ptr + rows, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+    store_rotated_back(dqkv_ptr, dq * scale, inside[:, None], first, cos_ptr, sin_ptr, HEADS * D, D)
 
 
 @triton.jit
@@ -178,8 +208,9 @@ def attention_dkdv_kernel(
     lse_ptr,  # (B, H, stats_T) fp32
     delta_ptr,  # (B, H, stats_T) fp32
     seed_ptr,  # (B,) int64, or None
-    dk_ptr,  # (B, Tk, Hkv, D)
-    dv_ptr,  # (B, Tk, Hkv, D)
+    cos_ptr,  # (Tk, D/2) fp32: the table that q and k were rotated by
+    sin_ptr,  # (Tk, D/2) fp32
+    dqkv_ptr,  # (B, Tk, H + 2 Hkv, D): dk and dv, after dq
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     Tq, Tk, stats_T, scale,
     H: tl.constexpr,
@@ -188,6 +219,7 @@ def attention_dkdv_kernel(
     DROPPED: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    RAGGED: tl.constexpr,  # the last block of queries is not full
 ):
     HKV: tl.constexpr = H // GROUP
     blocks = tl.cdiv(Tk, KEYS)
@@ -221,7 +253,7 @@ def attention_dkdv_kernel(
                 # Rows beyond Tq are loaded as zeros and contribute nothing. The tiles are transposed, keys by queries, so that
                 # P and dS enter the next matmuls from registers.
                 row = tl.cast(query, tl.int64)
-                present = query + i < Tq
+                present = query + i < Tq if MASKED or RAGGED else tl.full((QUERIES,), True, tl.int1)
                 q = tl.load(q_head + row * q_stride_t + q_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
                 do = tl.load(do_head + row * (H * D) + do_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
                 lse = tl.load(lse_ptr + stats + query + i)  # (QUERIES,)
@@ -239,9 +271,11 @@ def attention_dkdv_kernel(
                 dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")
                 ds = p * (dp - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    rows = ((b * Tk + start) * HKV + kv_head) * D + n[:, None] * (HKV * D) + d[None, :]  # (KEYS, D)
-    tl.store(dk_ptr + rows, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + rows, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    HEADS: tl.constexpr = H + 2 * HKV
+    dqkv_ptr += ((b * Tk + start) * HEADS + H + kv_head) * D
+    store_rotated_back(dqkv_ptr, dk * scale, inside, first, cos_ptr, sin_ptr, HEADS * D, D)
+    dv_tile = HKV * D + n[:, None] * (HEADS * D) + d[None, :]  # (KEYS, D)
+    tl.store(dqkv_ptr + dv_tile, dv.to(dqkv_ptr.dtype.element_ty), mask=inside)
 # fmt: on
 
 
@@ -306,34 +340,57 @@ def padded(Tq):
     return triton.cdiv(Tq, STATS_ROWS) * STATS_ROWS
 
 
-def rows(x):
-    """Returns x if its last dim is contiguous, else a contiguous copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def launch(name, kernel, q, k, v, tensors, dropout_p):
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     options = tile(tiles(q.device), name, q.dtype, D, dropout_p)
-    programs = B * Hkv * triton.cdiv(Tk, options["KEYS"]) if name == "dkdv" else B * H * triton.cdiv(Tq, options["QUERIES"])
+    if name == "dkdv":
+        programs = B * Hkv * triton.cdiv(Tk, options["KEYS"])
+        options["RAGGED"] = Tq % options["QUERIES"] != 0
+    else:
+        programs = B * H * triton.cdiv(Tq, options["QUERIES"])
     kernel[(programs,)](
         q, k, v, *tensors, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         Tq, Tk, padded(Tq), D**-0.5, H=H, GROUP=H // Hkv, D=D, DROPPED=round(dropout_p * 256), **options,
     )  # fmt: skip
 
 
-@torch.library.custom_op("copyllama::causal_attention", mutates_args=())
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q, k, v, dropout_p, seed):
     """Returns out (B, Tq, H, D) and, for the backward pass, lse (B, H, stats_T) in fp32."""
     check(q, k, v, dropout_p, seed)
-    B, Tq, H, _ = q.shape
-    out, lse = q.new_empty(q.shape), q.new_empty((B, H, padded(Tq)), dtype=torch.float32)
+    out, lse = empty_outputs(q)
     launch("forward", attention_forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
     return out, lse
 
 
-@torch.library.custom_op("copyllama::causal_attention_backward", mutates_args=())
+def empty_outputs(q):
+    B, Tq, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, padded(Tq)), dtype=torch.float32)
+
+
+def parts(qkv, n_kv_heads):
+    """Returns the views q, k and v of a packed (B, T, H + 2 Hkv, D)."""
+    return qkv.split((qkv.shape[2] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=2)
+
+
+# Inductor's cache on disk knows an op by its name: one whose arguments or results change takes a new name.
+@torch.library.custom_op("copyllama::attention_forward", mutates_args=())
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return forward(q, k, v, dropout_p, seed)
+
+
+@torch.library.custom_op("copyllama::rotary_attention", mutates_args=())
+def packed_attention(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_kv_heads: int, dropout_p: float, seed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns out and, for the backward pass, lse and the rotated q and k."""
+    q, k, v = parts(qkv, n_kv_heads)
+    q, k = rotate(q, k, cos, sin)
+    return *forward(q, k, v, dropout_p, seed), q, k
+
+
+@torch.library.custom_op("copyllama::attention_gradient", mutates_args=())
 def attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -342,24 +399,40 @@ def attention_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     do: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, do = rows(q), rows(k), rows(v), do.contiguous()
-    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    launch("dq", attention_dq_kernel, q, k, v, (out, do, lse, seed, dq, delta), dropout_p)
-    launch("dkdv", attention_dkdv_kernel, q, k, v, (do, lse, delta, seed, dk, dv), dropout_p)
-    return dq, dk, dv
+) -> torch.Tensor:
+    """Returns the gradients of q and k before their rotation and of v, packed as (B, Tk, H + 2 Hkv, D).
+
+    cos, sin (Tk, D/2) fp32. Where there are fewer queries than keys, the rows of q before the first are not written.
+    """
+    q, k, v, do, cos, sin = rows(q), rows(k), rows(v), do.contiguous(), cos.contiguous(), sin.contiguous()
+    dqkv, delta = packed_gradient(q, k), torch.empty_like(lse)
+    launch("dq", attention_dq_kernel, q, k, v, (out, do, lse, seed, cos, sin, dqkv, delta), dropout_p)
+    launch("dkdv", attention_dkdv_kernel, q, k, v, (do, lse, delta, seed, cos, sin, dqkv), dropout_p)
+    return dqkv
+
+
+def packed_gradient(q, k):
+    (B, Tk, Hkv, D), H = k.shape, q.shape[2]
+    return q.new_empty(B, Tk, H + 2 * Hkv, D)
 
 
 @attention.register_fake
 def _(q, k, v, dropout_p, seed):
-    B, Tq, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, H, padded(Tq)), dtype=torch.float32)
+    return empty_outputs(q)
+
+
+@packed_attention.register_fake
+def _(qkv, cos, sin, n_kv_heads, dropout_p, seed):
+    q, k, _ = parts(qkv, n_kv_heads)
+    return *empty_outputs(q), q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @attention_backward.register_fake
-def _(q, k, v, seed, out, lse, do, dropout_p):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(q, k, v, seed, out, lse, do, cos, sin, dropout_p):
+    return packed_gradient(q, k)
 
 
 def save(ctx, inputs, output):
@@ -369,10 +442,27 @@ def save(ctx, inputs, output):
 
 
 def gradient(ctx, do, _):
-    return *attention_backward(*ctx.saved_tensors, do, ctx.dropout_p), None, None
+    q, k, *others = ctx.saved_tensors
+    Tq, (_, Tk, Hkv, D) = q.shape[1], k.shape
+    cos = q.new_ones(Tk, D // 2, dtype=torch.float32)  # a rotation by 0
+    dq, dk, dv = parts(attention_backward(q, k, *others, do, cos, torch.zeros_like(cos), ctx.dropout_p), Hkv)
+    return dq[:, Tk - Tq :], dk, dv, None, None
+
+
+def save_packed(ctx, inputs, output):
+    qkv, cos, sin, ctx.n_kv_heads, ctx.dropout_p, seed = inputs
+    ctx.save_for_backward(qkv, cos, sin, seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def packed_gradient_formula(ctx, do, *_):
+    qkv, cos, sin, seed, out, lse, q, k = ctx.saved_tensors
+    v = parts(qkv, ctx.n_kv_heads)[2]
+    return attention_backward(q, k, v, seed, out, lse, do, cos, sin, ctx.dropout_p), None, None, None, None, None
 
 
 attention.register_autograd(gradient, setup_context=save)
+packed_attention.register_autograd(packed_gradient_formula, setup_context=save_packed)
 
 
 def causal_attention(q, k, v, dropout_p=0.0, seed=None):
@@ -383,3 +473,11 @@ def causal_attention(q, k, v, dropout_p=0.0, seed=None):
     -> (B, Tq, H, Dh).
     """
     return attention(q, k, v, dropout_p, seed)[0]
+
+
+def rotary_attention(qkv, cos, sin, n_kv_heads, dropout_p=0.0, seed=None):
+    """causal_attention of the packed projection qkv (B, T, H + 2 Hkv, Dh), with q and k rotated first -> (B, T, H, Dh).
+
+    cos, sin (T, Dh/2) fp32. The gradient of qkv is one tensor that both backward kernels write into.
+    """
+    return packed_attention(qkv, cos, sin, n_kv_heads, dropout_p, seed)[0]

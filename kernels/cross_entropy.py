@@ -94,14 +94,15 @@ def linear_cross_entropy_sum(
     losses = x.new_empty(N, dtype=torch.float32)
     buffer = x.new_empty(min(N, rows), triton.cdiv(len(weight), ALIGNED) * ALIGNED)
     dx = x.new_empty(x.shape if gradient else 0)
-    dw = weight.new_zeros(weight.shape if gradient else 0, dtype=weight.dtype if N <= rows else torch.float32)
+    dw = weight.new_zeros(weight.shape if gradient else 0)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         logits = torch.mm(x[part], weight.T, out=buffer[: len(x[part]), : len(weight)])  # (rows, V)
         losses[part] = loss_and_dlogits(logits, targets[part], gradient)
         if gradient:
-            dx[part] = logits @ weight
-            dw += logits.T @ x[part]
+            torch.mm(logits, weight, out=dx[part])
+            dw_part = logits.T @ x[part]
+            dw = dw_part if start == 0 else dw.float() + dw_part
     return losses.sum(), dx, dw.to(weight.dtype)
 
 

@@ -54,6 +54,17 @@ def causal_attention(q, k, v, dropout_p=0.0, seed=None):
     return (probs @ _up(v)).transpose(1, 2).to(q.dtype)
 
 
+def rotary_attention(qkv, cos, sin, n_kv_heads, dropout_p=0.0, seed=None):
+    """causal_attention of the packed projection qkv (B, T, H + 2 Hkv, Dh), with q and k rotated first -> (B, T, H, Dh)."""
+    q, k, v = split_heads(qkv, n_kv_heads)
+    return causal_attention(*rotary(q, k, cos, sin), v, dropout_p, seed)
+
+
+def split_heads(qkv, n_kv_heads):
+    """Returns the views q (B, T, H, Dh), k and v (B, T, Hkv, Dh) of qkv (B, T, H + 2 Hkv, Dh)."""
+    return qkv.split((qkv.shape[2] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=2)
+
+
 def attention_probs(q, k):
     """The probabilities of causal_attention, (B, H, Tq, Tk) in fp32. The evaluation of heads reads them."""
     (Tq, H, Dh), Tk = q.shape[1:], k.shape[1]

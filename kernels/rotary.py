@@ -3,7 +3,7 @@
     y1 = x1 cos - x2 sin    y2 = x2 cos + x1 sin        x1, x2: the first and second half of a head's channels
 
 The gradient of a rotation is the inverse rotation: backward is the same kernel with the angle negated, and saves only the
-tables.
+tables. Training does without it: attention's backward rotates back as it stores (kernels.attention).
 
 It reads and writes q and k once, 4 bytes an element in bf16: 0.40 GB at 65,536 tokens of 12 + 12 heads of 64. Rotating inside
 attention's loads would save a write and a read, but each key block would be rotated again by every query block that loads it
@@ -60,7 +60,6 @@ def rotary_kernel(
     HKV: tl.constexpr,
     HALF: tl.constexpr,  # Dh / 2
     BLOCK_T: tl.constexpr,
-    INVERSE: tl.constexpr,  # rotate back
 ):
     blocks = tl.cdiv(T, BLOCK_T)
     program = tl.program_id(0).to(tl.int64)
@@ -70,8 +69,6 @@ def rotary_kernel(
     inside = t < T
     cos = tl.load(cos_ptr + t * HALF + i, mask=inside)  # (BLOCK_T, HALF)
     sin = tl.load(sin_ptr + t * HALF + i, mask=inside)
-    if INVERSE:
-        sin = -sin
     if tl.program_id(1) == 0:
         q, y = q_ptr + b * stride_qb + t * stride_qt + i, q_out_ptr + (b * T + t) * (H * 2 * HALF) + i
         rotate_heads(q, y, stride_qh, cos, sin, inside, H, HALF)
@@ -85,7 +82,8 @@ def rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def rotate(q, k, cos, sin, inverse):
+def rotate(q, k, cos, sin):
+    """Returns q (B, T, H, Dh) and k (B, T, Hkv, Dh) rotated, contiguous."""
     (B, T, H, Dh), Hkv = q.shape, k.shape[2]
     assert k.shape == (B, T, Hkv, Dh), f"k is {tuple(k.shape)}, q {tuple(q.shape)}: expected (B, T, Hkv, Dh)"
     assert cos.shape == sin.shape == (T, Dh // 2), f"cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected {(T, Dh // 2)}"
@@ -94,29 +92,21 @@ def rotate(q, k, cos, sin, inverse):
     q, k = rows(q), rows(k)
     rotary_kernel[(B * triton.cdiv(T, BLOCK_T), 2)](
         q, k, cos.contiguous(), sin.contiguous(), *out, *q.stride()[:3], *k.stride()[:3],
-        T, H, Hkv, HALF=Dh // 2, BLOCK_T=BLOCK_T, INVERSE=inverse, num_warps=4,
+        T, H, Hkv, HALF=Dh // 2, BLOCK_T=BLOCK_T, num_warps=4,
     )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("copyllama::rotary", mutates_args=())
+@torch.library.custom_op("copyllama::rotate_heads", mutates_args=())
 def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates channel pairs (i, i + Dh/2) by the angle of their position.
 
     q (B, T, H, Dh), k (B, T, Hkv, Dh); cos, sin (T, Dh/2) fp32, the rows of these T positions -> (q, k) rotated.
     """
-    return rotate(q, k, cos, sin, inverse=False)
-
-
-@torch.library.custom_op("copyllama::rotary_backward", mutates_args=())
-def rotary_backward(
-    dq: torch.Tensor, dk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return rotate(dq, dk, cos, sin, inverse=True)
+    return rotate(q, k, cos, sin)
 
 
 @rotary.register_fake
-@rotary_backward.register_fake
 def _(q, k, cos, sin):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -126,7 +116,8 @@ def save(ctx, inputs, output):
 
 
 def gradient(ctx, dq, dk):
-    return *rotary_backward(dq, dk, *ctx.saved_tensors), None, None
+    cos, sin = ctx.saved_tensors
+    return *rotary(dq, dk, cos, -sin), None, None
 
 
 rotary.register_autograd(gradient, setup_context=save)

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from kernels import eager
 from kernels.eager import attention_probs, linear_cross_entropy, rotary, swiglu
 
-__all__ = ["add_rms_norm", "attention_probs", "causal_attention", "linear_cross_entropy", "rms_norm", "rotary", "swiglu"]
+__all__ = [
+    "add_rms_norm", "attention_probs", "causal_attention", "linear_cross_entropy",
+    "rms_norm", "rotary", "rotary_attention", "swiglu",
+]  # fmt: skip
 
 
 def rms_norm(x, weight, eps):
@@ -42,6 +45,12 @@ def causal_attention(q, k, v, dropout_p=0.0, seed=None):
     if 1 < Tq < Tk:  # is_causal would align the first query, not the last one, with the keys
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=Tq == Tk > 1).transpose(1, 2)
+
+
+def rotary_attention(qkv, cos, sin, n_kv_heads, dropout_p=0.0, seed=None):
+    """causal_attention of the packed projection qkv (B, T, H + 2 Hkv, Dh), with q and k rotated first -> (B, T, H, Dh)."""
+    q, k, v = eager.split_heads(qkv, n_kv_heads)
+    return causal_attention(*rotary(q, k, cos, sin), v, dropout_p, seed)
 
 
 def _attention_in_blocks(q, k, v, dropout_p, seed):

@@ -118,10 +118,13 @@ def _pattern_preserved(model: Llama, by_layer: dict[int, list[int]]):
             cache.length = twin.length
         return x[B:]
 
-    def shared(qkv):
-        def patched(x, rope):
-            q, k, v = qkv(x, rope)
-            return *((half.chunk(2)[0].repeat(2, 1, 1, 1) for half in (q, k)) if both else (q, k)), v
+    def shared(project):
+        def patched(x):
+            qkv = project(x)  # (2 B, T, H + 2 Hkv, Dh)
+            if both:
+                intact, ablated = (half[:, :, : -model.config.n_kv_heads] for half in qkv.chunk(2))  # q and k
+                ablated.copy_(intact)
+            return qkv
 
         return patched
 
@@ -130,8 +133,8 @@ def _pattern_preserved(model: Llama, by_layer: dict[int, list[int]]):
 
     with contextlib.ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
-            block.attention.qkv = shared(block.attention.qkv)
-            stack.callback(delattr, block.attention, "qkv")
+            block.attention.project = shared(block.attention.project)
+            stack.callback(delattr, block.attention, "project")
             if layer in by_layer:
                 hook = second_half(_replacing(by_layer[layer], 0.0, model.config))
                 stack.callback(block.attention.wo.register_forward_pre_hook(hook).remove)

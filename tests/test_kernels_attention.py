@@ -18,7 +18,8 @@ from tests.kernel_checks import (  # noqa: F401
 )
 
 from kernels import eager  # isort: skip  after the interpreter is set up
-from kernels.attention import STATS_ROWS, TILES, attention, causal_attention  # isort: skip
+from kernels.attention import STATS_ROWS, TILES, attention, causal_attention, packed_attention, rotary_attention  # isort: skip
+from tests.test_kernels_rotary import table, torch_rotary  # isort: skip
 
 
 def torch_attention(q, k, v):
@@ -100,6 +101,35 @@ def test_a_sequence_keeps_its_mask_in_any_batch():
     assert not torch.equal(causal_attention(q, k, v, 0.5, seed + 1), together)
 
 
+def torch_rotary_attention(qkv, cos, sin, n_kv_heads, dropout_p, seed):
+    q, k, v = eager.split_heads(qkv, n_kv_heads)
+    q, k = torch_rotary(q, k, cos, sin)
+    return torch_dropout_attention(q, k, v, dropout_p, seed) if dropout_p else torch_attention(q, k, v)
+
+
+def check_rotary_attention(shape, dtype, dropout_p, op=rotary_attention, layout="dense"):
+    B, T, H, Hkv, Dh = shape
+    qkv = torch.randn(B, T, (H + 2 * Hkv) * Dh + 3, device=DEVICE).to(dtype)[..., 3:].unflatten(-1, (-1, Dh)).requires_grad_()
+    seed = some_seed(B)
+
+    def packed(op):
+        return lambda qkv, cos, sin: op(qkv, cos, sin, Hkv, dropout_p, seed)
+
+    ops = map(packed, (op, eager.rotary_attention, torch_rotary_attention))
+    check(*ops, [qkv, *table(T, Dh)], [layouts((B, T, H, Dh), dtype)[layout]], 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, dropout_p", [((2, 77, 4, 2, 32), 0.0), ((1, 64, 2, 2, 64), 0.25), ((1, 70, 3, 1, 16), 0.0)])
+def test_packed_rotary_attention_and_its_gradient_are_as_near_to_fp64_as_torchs(shape, dropout_p, dtype):
+    check_rotary_attention(shape, dtype, dropout_p)
+
+
+@pytest.mark.parametrize("layout", ["sum", "transposed"])
+def test_packed_gradients_may_have_any_strides(layout):
+    check_rotary_attention((2, 9, 4, 2, 32), torch.float32, 0.0, layout=layout)
+
+
 @pytest.mark.parametrize("layout", ["sum", "transposed"])
 def test_gradients_may_have_any_strides(layout):
     q, k, v = qkv(2, 9, 9, 4, 2, 32)
@@ -144,7 +174,7 @@ def test_offsets_beyond_int32_reach_the_right_elements():
     for x in (far, near):
         out = causal_attention(x, x, x)
         out, lse = attention(x, x, x, 0.0, None)
-        results.append((out, *torch.ops.copyllama.causal_attention_backward(x, x, x, None, out, lse, near, 0.0)))
+        results.append((out, torch.ops.copyllama.attention_gradient(x, x, x, None, out, lse, near, *table(T, Dh), 0.0)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -168,15 +198,18 @@ def test_registration_holds():
     torch.library.opcheck(attention, (q, k, v, 0.25, seed))
     torch.library.opcheck(attention, (q, k, v, 0.0, None))
     check_registration(lambda q, k, v, seed: causal_attention(q, k, v, 0.25, seed), [q, k, v, seed], [torch.randn_like(q)])
+    inputs = [torch.cat((q, k, v), dim=2).detach().requires_grad_(), *table(9, 32)]
+    torch.library.opcheck(packed_attention, (*inputs, 2, 0.25, seed))
+    check_registration(lambda *xs: rotary_attention(*xs, 2, 0.25, seed), inputs, [torch.randn_like(q)])
 
 
 def test_rows_that_dk_and_dv_read_are_written_by_the_other_kernels():
     """lse and delta are read unmasked, in blocks of a dk, dv tile's queries."""
-    for table in TILES.values():
+    for tiles in TILES.values():
         for dropout in ("", " dropout"):
-            for D, (queries, *_) in table["dkdv" + dropout].items():
+            for D, (queries, *_) in tiles["dkdv" + dropout].items():
                 for writer in ("forward", "dq"):
-                    written = table[writer + dropout][D][0]
+                    written = tiles[writer + dropout][D][0]
                     assert written % queries == 0 and STATS_ROWS % written == 0, (writer, dropout, D)
 
 

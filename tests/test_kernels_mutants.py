@@ -47,6 +47,10 @@ def check_rotary(module):
     check(*ops, inputs, [torch.randn_like(q), torch.randn_like(k)], 1.5)
 
 
+def check_rotary_attention(module):
+    test_kernels_attention.check_rotary_attention((1, 20, 2, 1, 32), torch.float32, 0.0, module.rotary_attention)
+
+
 def check_add_norm(module):
     t = test_kernels_rmsnorm
     inputs = [randn(20, 768), randn(20, 768), t.weight(768)]
@@ -73,8 +77,8 @@ MUTANTS = {
     "forward sees one key too many": ("attention", FORWARD_MASK, FORWARD_MASK.replace(">=", "+ 1 >="), check_attention),
     "dq sees one key too many": ("attention", DQ_MASK, DQ_MASK.replace(">=", "+ 1 >="), check_attention),
     "dk and dv see one query too many": ("attention", DKDV_MASK, DKDV_MASK.replace(">=", "+ 1 >="), check_attention),
-    "dk lacks the scale": ("attention", "(dk * scale).to", "dk.to", check_attention),
-    "dq lacks the scale": ("attention", "(dq * scale).to", "dq.to", check_attention),
+    "dk lacks the scale": ("attention", "dk * scale", "dk", check_attention),
+    "dq lacks the scale": ("attention", "dq * scale", "dq", check_attention),
     "one query head of a group is not summed": (
         "attention",
         "range(kv_head * GROUP, (kv_head + 1) * GROUP)",
@@ -84,7 +88,9 @@ MUTANTS = {
     "dq without dropout": ("attention", DQ_DROPOUT, DQ_DROPOUT.replace("dp = tl.where", "tl.where"), check_dropout),
     "dk without dropout": ("attention", DK_DROPOUT, DK_DROPOUT.replace("dp = tl.where", "tl.where"), check_dropout),
     "dv without dropout": ("attention", DV_DROPOUT, "kept = p", check_dropout),
-    "rotary's backward turns forward": ("rotary", "inverse=True", "inverse=False", check_rotary),
+    "rotary's backward turns forward": ("rotary", "cos, -sin)", "cos, sin)", check_rotary),
+    "attention's backward turns forward": ("attention", "x2 * cos - x1 * sin", "x2 * cos + x1 * sin", check_rotary_attention),
+    "the last queries are not read": ("attention", "if MASKED or RAGGED else", "if MASKED else", check_attention),
     "the residual's gradient is dropped": ("rmsnorm", "if dh_ptr is not None:", "if False:", check_add_norm),
     "dw lacks its last partial row": ("rmsnorm", "dw.sum(0)", "dw[:-1].sum(0)", check_add_norm),
     "ignored targets have a gradient": ("cross_entropy", "dz = tl.where(counts, dz, 0.0)", "", check_cross_entropy),

@@ -33,9 +33,10 @@ def streams(model, x_tokens, replaced, frozen=False):
     queries and keys are those of a stream where nothing is replaced.
     """
     rope, outputs = model.rope(0, x_tokens.shape[1]), []
-    x = y = model.embed(x_tokens)
+    x, residual, norms = model.embedded(x_tokens)
+    y = residual
     for i, block in enumerate(model.blocks):
-        read = [model.ops.rms_norm(stream, block.attention_norm, block.eps) for stream in (x, y)]
+        read = [x, model.ops.rms_norm(y, block.attention_norm, block.eps)]
         (q, k, v), (q_y, k_y, v_y) = (block.attention.qkv(r, rope) for r in read)
         probs = model.ops.attention_probs(*((q, k) if frozen else (q_y, k_y)))  # (B, H, T, T)
         group = model.config.n_heads // model.config.n_kv_heads
@@ -43,7 +44,7 @@ def streams(model, x_tokens, replaced, frozen=False):
         outputs.append(out)
         y = y + block.attention.wo(replaced(i, out.clone()).flatten(2))
         y = y + block.mlp(model.ops.rms_norm(y, block.mlp_norm, block.eps))
-        x = block.forward(x, rope)
+        x, residual = block.forward(x, residual, norms[i], rope)
     return model.lm_head(model.ops.rms_norm(y, model.norm, model.config.norm_eps)), torch.stack(outputs)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils._pytree import tree_leaves
 
 from config import ModelConfig
 from kernels import eager
@@ -349,7 +350,7 @@ def test_bf16_model_has_bf16_activations_and_fp32_parameters_loss_and_gradients(
     kinds = set()
     for module in model.modules():
         if not isinstance(module, (torch.nn.Embedding, torch.nn.ModuleList)):
-            module.register_forward_hook(lambda module, args, out: kinds.add(out.dtype))
+            module.register_forward_hook(lambda module, args, out: kinds.update(x.dtype for x in tree_leaves(out)))
     loss = model.train()(some_tokens(), some_tokens(seed=1))
     assert loss.dtype == torch.float32
     kinds.discard(loss.dtype)  # the outermost module's
@@ -405,9 +406,9 @@ def test_every_layer_has_its_own_dropout_mask():
         def __getattr__(self, name):
             return getattr(eager, name)
 
-        def causal_attention(self, q, k, v, dropout_p, seed):
-            seeds.append((dropout_p, seed.tolist()))
-            return eager.causal_attention(q, k, v, dropout_p, seed)
+        def rotary_attention(self, *inputs):
+            seeds.append((inputs[-2], inputs[-1].tolist()))
+            return eager.rotary_attention(*inputs)
 
     config = dataclasses.replace(TINY, attn_dropout=0.5)
     Llama(config, Spy()).train()(some_tokens(), seed=torch.tensor([10, 900]))
@@ -422,13 +423,13 @@ def test_every_layer_has_its_own_dropout_mask():
 def test_all_blocks_compile_to_one_graph_without_a_break(mode, dropout):
     model = llama(n_layers=10, attn_dropout=dropout).train(mode == "train")  # more layers than the recompile limit of 8
     seed = torch.tensor([5, 6]) if dropout else None
-    x, rope = torch.randn(2, 40, 64, requires_grad=True), model.rope(0, 40)
+    inputs, rope = [torch.randn(2, 40, 64, requires_grad=True) for _ in range(2)], model.rope(0, 40)
 
     def through_all_blocks():
-        y = x
+        x, residual = inputs
         for block in model.blocks:
-            y = block(y, rope, seed)
-        return y
+            x, residual = block(x, residual, model.norm, rope, seed)
+        return x, residual
 
     expected = through_all_blocks()
     graphs = compile_blocks(model)
