@@ -105,6 +105,7 @@ class Run:
         dtype = distributed.pick_training_dtype(config, world, state)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
         self.config = config = dataclasses.replace(config, dtype=dtype, kernels=ops.__name__.removeprefix("kernels."))
+        self.kernels = kernels.describe(ops, world.device)
         self.model = Llama(config.model(), ops, distributed.DTYPES[dtype]).to(world.device)
 
         # Optimizer
@@ -115,7 +116,7 @@ class Run:
         self.row = {}  # what was measured after `step` updates and is not yet in metrics.jsonl
         if state:
             checkpoint.restore(path, state, self.model, self.optimizer, self.loss_scale)
-            self.row = resume.changes(path, state, config, world)
+            self.row = resume.changes(path, state, config, self.kernels, world)
         elif config.init_from:
             source = huggingface.load(config.init_from)
             resume.start_from(config.init_from, source, config, self.model, self.tokenizer, world)
@@ -192,7 +193,7 @@ class Run:
         """Saves a checkpoint from rank 0; the other ranks wait until it is written."""
 
         def write():
-            state = {"model": self.model.state_dict(), "step": self.step}
+            state = {"model": self.model.state_dict(), "step": self.step, "kernels": self.kernels}
             state |= {"skipped": self.stats.skipped, "overflows": self.stats.overflows, "loss_scale": self.loss_scale.state()}
             state |= {"config": dataclasses.asdict(self.config), "tokenizer": self.tokenizer.state()}
             if not weights_only:

@@ -3,8 +3,8 @@
 import torch
 
 SHAPE = dict(B=64, T=1024, D=768, H=12, F=3072, V=32000)  # a step of llama162m
-OPS = ("rms_norm", "add_rms_norm", "rotary", "swiglu", "causal_attention", "linear_cross_entropy")
-HEAD_OPS = ("rotary", "causal_attention")  # those whose inputs have heads
+OPS = ("rms_norm", "add_rms_norm", "rotary", "swiglu", "causal_attention", "rotary_attention", "linear_cross_entropy")
+HEAD_OPS = ("rotary", "causal_attention", "rotary_attention")  # those whose inputs have heads
 EPS = 1e-6
 
 
@@ -19,14 +19,17 @@ def case(name, B, T, D, H, F, V, HKV=None, device="cuda", dtype=torch.bfloat16, 
     if name in HEAD_OPS:
         packed = randn(B, T, (H + 2 * HKV) * Dh).detach().unflatten(-1, (-1, Dh))  # as the model's projection
         q, k, v = (t.requires_grad_() for t in packed.split((H, HKV, HKV), 2))
-    if name == "rotary":
         angles = torch.outer(torch.arange(T), 10000.0 ** -(torch.arange(0, Dh, 2) / Dh)).to(device)
+        seed = torch.arange(B, device=device) + 2**40 if dropout else None
+        flops = 2 * B * H * T * T * Dh
+    if name == "rotary":
         work = 2 * x + 2 * x * HKV // H
         return lambda ops, q, k: ops.rotary(q, k, angles.cos(), angles.sin()), [q, k], work, work
     if name == "causal_attention":
-        seed = torch.arange(B, device=device) + 2**40 if dropout else None
-        flops = 2 * B * H * T * T * Dh
         return lambda ops, q, k, v: ops.causal_attention(q, k, v, dropout, seed), [q, k, v], flops, 2.5 * flops
+    if name == "rotary_attention":
+        op = lambda ops, qkv: ops.rotary_attention(qkv, angles.cos(), angles.sin(), HKV, dropout, seed)  # noqa: E731
+        return op, [packed.requires_grad_()], flops, 2.5 * flops
     if name == "swiglu":
         y = N * F * dtype.itemsize
         return lambda ops, g: ops.swiglu(g), [randn(N, 2 * F)], 3 * y, 5 * y

@@ -26,8 +26,9 @@ def problems(device: torch.device) -> list[tuple[str, dict]]:
         common = shape | dict(device=device, dtype=dtype)
         found += [(name, common | dict(T=T)) for name in OPS for T in (even, odd)]
         found += [(name, common | dict(T=odd, HKV=shape["H"] // group)) for name in HEAD_OPS]
-        found.append(("causal_attention", common | dict(T=even, dropout=0.1)))
-        found.append(("causal_attention", common | dict(T=odd, dropout=0.1, HKV=shape["H"] // group)))
+        for name in ("causal_attention", "rotary_attention"):
+            found.append((name, common | dict(T=even, dropout=0.1)))
+            found.append((name, common | dict(T=odd, dropout=0.1, HKV=shape["H"] // group)))
     return found
 
 

@@ -28,7 +28,7 @@ def baselines(name, op):
         "eager": lambda *xs: op(eager, *xs),
         "compile": torch.compile(lambda *xs: op(sdpa, *xs)),
     }
-    if name == "causal_attention":
+    if name.endswith("attention"):
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             found[f"sdpa {backend.name.lower()}"] = sdpa_kernel(backend)(lambda *xs: op(sdpa, *xs))
     return found
@@ -123,7 +123,7 @@ def sweep_shapes(top) -> list[dict]:
             for who, f in baselines(name, op).items():
                 try:
                     row = measure(f, inputs)
-                    row |= rates(row, name == "causal_attention", forward, backward, top) if forward else {}
+                    row |= rates(row, name.endswith("attention"), forward, backward, top) if forward else {}
                 except RuntimeError as e:  # out of memory, or a backend that does not take this shape
                     row = dict(failed=str(e).splitlines()[0])
                 rows[f"{name}: {who}"] = row

@@ -46,6 +46,14 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
     return importlib.import_module(f"kernels.{name}")
 
 
+def describe(ops, device) -> str:
+    """Returns the name of an op set, on a GPU with the table of tiles that its Triton kernels take: "fused, tiles of sm_90"."""
+    name = ops.__name__.removeprefix("kernels.")
+    if name != "fused" or device.type != "cuda":
+        return name
+    return f"{name}, tiles of sm_{importlib.import_module('kernels.attention').family(device)}"
+
+
 def why_not_fused(device, head_dim: int) -> str | None:
     """Returns why the Triton kernels cannot run on a device, or None."""
     if head_dim not in HEAD_DIMS:

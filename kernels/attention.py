@@ -313,10 +313,14 @@ TILES = {  # by ten times the compute capability from which they apply
 STATS_ROWS = 128  # the largest number of queries in a tile
 
 
-def tiles(device):
-    """Returns the table of a device's GPU generation."""
+def family(device) -> int:
+    """Returns the key in TILES of a device's GPU generation."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return TILES[max(first for first in TILES if first <= 10 * major + minor)]
+    return max(first for first in TILES if first <= 10 * major + minor)
+
+
+def tiles(device):
+    return TILES[family(device)]
 
 
 def tile(table, kernel, dtype, D, dropout_p):

@@ -57,15 +57,15 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
         )
 
 
-def changes(path: Path, state: dict, config: Config, world) -> dict:
-    """Reports a resume, and whether it changes the op set or, on request, settings of the optimizer. Returns what
+def changes(path: Path, state: dict, config: Config, kernels: str, world) -> dict:
+    """Reports a resume, and whether it changes the op set, its tiles or, on request, settings of the optimizer. Returns what
     metrics.jsonl records of them: {"changed": {name: [value then, value now]}}, or {}.
     """
     world.say(f"resuming {path} at step {state['step']}")
     different = settings.changed(state["config"], config)
-    then = state["config"].get("kernels")
-    if "kernels" in different and then != "auto":  # auto: a checkpoint that did not record its op set
-        world.say(f"warning: {then} kernels made this checkpoint; it goes on with {config.kernels}, which rounds differently")
+    then = state.get("kernels") or state["config"].get("kernels")  # older checkpoints record no tiles, or `auto`
+    if then not in ("auto", kernels, None if "kernels" in state else config.kernels):
+        world.say(f"warning: {then} kernels made this checkpoint; it goes on with {kernels}, which rounds differently")
     changed = {name: list(different[name]) for name in settings.MAY_CHANGE_ON_REQUEST & different.keys()}
     for name, (before, now) in sorted(changed.items()):
         world.say(f"changed from here on: {name} {before} -> {now}")

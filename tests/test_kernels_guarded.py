@@ -35,7 +35,7 @@ FILES = {
     "rmsnorm": ("rms_norm", "add_rms_norm"),
     "rotary": ("rotary",),
     "swiglu": ("swiglu",),
-    "attention": ("causal_attention",),
+    "attention": ("causal_attention", "rotary_attention"),
     "cross_entropy": ("linear_cross_entropy",),
 }
 # Without a mask it would read the other half of its row, into lanes that are not stored.
