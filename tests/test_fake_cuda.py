@@ -34,7 +34,7 @@ from data.tokenizer import Chars
 from measures import heads
 from model import Llama
 from runtime import distributed
-from runtime.optim import make_optimizer
+from runtime.optim import LossScale, make_optimizer
 from runtime.validation import validate
 
 STUB = """
@@ -120,9 +120,10 @@ def whole_run(ops, shape):
     with fake_cuda() as watch, some_bin() as train_bin:
         c, model = build(ops, **SHAPES[shape])
         optimizer, stop = make_optimizer(model, c), distributed.StopSignal(WORLD)
+        loss_scale = LossScale(model.dtype, DEVICE)
         for step in (1, 2):
-            stats = train.update(step, model.train(), optimizer, train_bin, c, WORLD, stop)
-        assert stats.device == optimizer.found_inf.device == DEVICE and optimizer.param_groups[0]["fused"]
+            stats = train.update(step, model.train(), optimizer, loss_scale, train_bin, c, WORLD, stop)
+        assert stats.device == loss_scale.scale.device == DEVICE and optimizer.param_groups[0]["fused"]
         for p in model.parameters():
             assert p.device == p.grad.device == optimizer.state[p]["exp_avg"].device == DEVICE and p.grad.dtype == torch.float32
         assert (watch.calls > 0) == (ops == "fused")
