@@ -50,7 +50,7 @@ def copy_weights(ours, plain):
 
 
 def test_hugging_face_has_the_same_shape():
-    pytest.importorskip("transformers", reason="transformers is not among the test dependencies")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     c = Config(**SHAPE)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (Llama(c.model(), eager), baselines.BASELINES["hf"](c))]
     assert sizes[0] == sizes[1]
