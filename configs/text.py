@@ -1,4 +1,4 @@
-"""Real text: the source of Python's standard library, 1.0 million parameters, about an hour and a half on one CPU core.
+"""Real text: the source of Python's standard library, 1.0 million parameters, about two hours on one CPU core.
 
 The model forms an induction head and copies some random tokens, not yet whole sequences: docs/text.md has what was measured.
 """
@@ -21,6 +21,7 @@ learning_rate = 3e-3
 warmup_steps = 100
 schedule = "constant"
 beta2 = 0.99
+optimizer = "muon"  # copies after half the tokens that AdamW needs
 
 eval_interval = 1000
 eval_batches = 16

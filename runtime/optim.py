@@ -120,5 +120,5 @@ def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     y = y / (y.norm() + 1e-7)
     for _ in range(steps):
         gram = y @ y.T
-        y = a * y + (b * gram + c * gram @ gram) @ y
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.T if len(x) > x.shape[1] else y).to(x.dtype)
