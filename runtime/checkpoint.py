@@ -49,7 +49,8 @@ def load(path, device="cpu") -> dict:
         raise UserError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
     state = state if isinstance(state, dict) else {}
     kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
-    kinds |= {name: int for name in ("skipped", "overflows") if name in state}
+    later = {"skipped": int, "overflows": int, "loss_scale": torch.Tensor, "kernels": str}  # which older checkpoints lack
+    kinds |= {name: kind for name, kind in later.items() if name in state}
     missing = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind) or state[name] is True]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this trainer: it has no {', '.join(missing)}")

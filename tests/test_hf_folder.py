@@ -385,7 +385,7 @@ def test_a_tokenizer_json_that_cannot_be_read_is_refused_in_one_line(byte_level,
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
     damaged, missing = capsys.readouterr().err.strip().splitlines()
-    assert "not a tokenizer.json that" in damaged and "pip install tokenizers" in missing
+    assert "not a tokenizer.json that" in damaged and "pip install '.[hf]'" in missing
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json: there is no config.json beside it, which names its bos"):
         get_tokenizer(str(folder / "tokenizer.json"))

@@ -282,7 +282,7 @@ def test_each_mistake_ends_with_status_2_and_one_line_and_writes_nothing(setting
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [(b"", ["empty"]), (b"abc", ["3 bytes"]), (b"\xff\xff" * 400, ["65535", "--vocab_size=65536"])],
+    [(b"", ["0 bytes"]), (b"abc", ["3 bytes"]), (b"\xff\xff" * 400, ["65535", "--vocab_size=65536"])],
     ids=["empty", "odd", "ids"],
 )
 def test_a_bad_bin_ends_with_status_2_and_one_line(settings, tmp_path, capsys, data, words):
@@ -366,12 +366,23 @@ def test_settings_of_the_optimizer_change_on_request_and_the_change_is_recorded(
 def test_the_op_set_is_recorded_and_a_resume_that_changes_it_says_so(settings, monkeypatch, capsys):
     run(settings, max_steps=2, kernels="eager")
     assert checkpoint.load(settings["out_dir"])["config"]["kernels"] == "eager"
-    other = type(sys)("kernels.other")
+    other = type(sys)("kernels.fused")
     other.__dict__.update({name: f for name, f in vars(eager).items() if not name.startswith("__")})
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: other)
-    monkeypatch.setattr(train.dataclasses, "replace", lambda c, **new: from_dict(vars(c) | new | {"kernels": "fused"}))
     run(settings, max_steps=3)
     assert capsys.readouterr().out.count("eager kernels made this checkpoint; it goes on with fused") == 1
+
+
+def test_the_table_of_tiles_is_recorded_and_a_resume_that_changes_it_says_so(settings, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "describe", lambda ops, device: "fused, tiles of sm_80")
+    run(settings, max_steps=2)
+    assert checkpoint.load(settings["out_dir"])["kernels"] == "fused, tiles of sm_80"
+    monkeypatch.setattr(kernels, "describe", lambda ops, device: "fused, tiles of sm_90")
+    run(settings, max_steps=3)
+    changed = "fused, tiles of sm_80 kernels made this checkpoint; it goes on with fused, tiles of sm_90"
+    assert capsys.readouterr().out.count(changed) == 1
+    run(settings, max_steps=4)
+    assert "made this checkpoint" not in capsys.readouterr().out
 
 
 def test_fp16_with_a_loss_scale_trains_as_fp32_does(settings, tmp_path):
