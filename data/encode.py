@@ -4,6 +4,7 @@ The result does not depend on the number of processes. The main process reads an
 batch takes hundreds of times longer than sending it.
 """
 
+import contextlib
 import hashlib
 import itertools
 import multiprocessing
@@ -162,9 +163,8 @@ def encode_all(
     in_flight = deque()
     try:
         for batch in batches:
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers are started here: Ctrl-C is left to this process
-            future = pool.submit(_encode, batch.documents)
-            signal.signal(signal.SIGINT, handler)
+            with _ctrl_c_later():  # workers are started here: Ctrl-C is left to this process
+                future = pool.submit(_encode, batch.documents)
             in_flight.append((batch._replace(documents=[]), future))
             if len(in_flight) > AHEAD * processes:
                 batch, future = in_flight.popleft()
@@ -180,9 +180,23 @@ def encode_all(
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _ctrl_c_later():
+    """Keeps a Ctrl-C until the end of the block, and from the processes that are started in it."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(tokenizer_state, settings):
     """Runs first in a new process, which exits when the main process dies."""
     global _tokenizer, _settings
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     _tokenizer = tokenizer_from_state(tokenizer_state)
     _settings = settings
