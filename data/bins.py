@@ -215,7 +215,10 @@ def batch(run: Path, step: int):
     path = run / "config.json"
     if not path.exists() or step < 1:
         raise UserError(f"{path} --step={step}: expected the directory of a run, which has that file, and a step from 1")
-    c = from_dict(json.loads(path.read_bytes()))
+    try:
+        c = from_dict(json.loads(path.read_bytes()))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path}: not the settings of a run: {e}") from None
     data = Bin(Path(c.data) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
     return windows, data.windows(windows), load_tokenizer(c.data, c.vocab_size)

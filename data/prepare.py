@@ -99,7 +99,7 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
     out = args.pop("out")
     processes = args.pop("processes", 1)
     if args["source"] != "from-bin":
-        check(args)
+        check(args, out, processes)
     return args, out, processes
 
 
@@ -129,10 +129,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check(args: dict):
+def check(args: dict, out: Path, processes: int):
     """Refuses impossible arguments, and brings the others into the form that meta.json keeps."""
     if not 0 < args["val_fraction"] < 1:
         raise UserError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
+    if processes < 1:
+        raise UserError(f"--processes={processes}: expected 1 or more")
     if not 0 <= args.get("repeat", 0) <= 0.5:
         raise UserError(f"--repeat={args['repeat']}: expected a share from 0 to 0.5, such as 0.02")
     if not args.get("repeat"):
@@ -147,6 +149,9 @@ def check(args: dict):
         args["tokenizer"] = str(Path(tokenizer).resolve())
     if "paths" in args:
         args["paths"] = [str(Path(path).resolve()) if Path(path).exists() else path for path in args["paths"]]
+    for path in map(Path, args.get("paths", [])):
+        if path in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out={out}: lies in {path}, which is read as text; name a folder outside it")
 
 
 def choose_tokenizer(args: dict) -> Tokenizer | None:

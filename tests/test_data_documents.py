@@ -13,7 +13,9 @@ LINES = b"".join(json.dumps({"text": text, "meta": {"n": i}}).encode() + b"\n" f
 
 
 def zstd(data):
-    return pytest.importorskip("pyarrow", reason="reads .zst files; an extra").compress(data, "zstd", asbytes=True)
+    return pytest.importorskip("pyarrow", reason="pyarrow is not installed: .zst files need it").compress(
+        data, "zstd", asbytes=True
+    )
 
 
 def read(path, field="text"):

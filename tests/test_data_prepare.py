@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from config import ROOT
 from data import encode, sources
-from data.bins import Bin
+from data.bins import Bin, batch
 from data.documents import Document, Part, numbered
 from data.meta import SPLITS, load_meta
 from data.prepare import parse, prepare, training_texts
@@ -258,7 +258,12 @@ def test_a_source_takes_its_own_options_only():
             parse(argv)
     with pytest.raises(UserError, match="argument --seed"):
         parse(["repeats", "--seed=-1"])
-    for argv in (["python-stdlib", "--vocab_size=500"], ["repeats", "--val_fraction=0"], ["python-stdlib", "--repeat=0.7"]):
+    for argv in (
+        ["python-stdlib", "--vocab_size=500"],
+        ["repeats", "--val_fraction=0"],
+        ["repeats", "--processes=0"],
+        ["python-stdlib", "--repeat=0.7"],
+    ):
         with pytest.raises(UserError, match=argv[1]):
             parse(argv)
 
@@ -271,8 +276,18 @@ def test_values_follow_an_equals_sign_or_a_space(argv):
     assert len(spaced) > len(argv) and parse(spaced) == parse(argv)
 
 
-def test_out_defaults_to_the_project():
+def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(tmp_path):
     assert parse(["repeats"])[1] == ROOT / "data/repeats"
+    for out in (tmp_path, tmp_path / "bins"):
+        with pytest.raises(UserError, match="which is read as text"):
+            parse(["text", str(tmp_path), f"--out={out}"])
+
+
+def test_a_damaged_config_of_a_run_is_one_line_in_the_batch_viewer(tmp_path):
+    for text in ("{", "[1]", '{"dim": "wide"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError):
+            batch(tmp_path, 1)
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path):

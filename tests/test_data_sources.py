@@ -19,7 +19,7 @@ from tests.server import Server, cut, hub
 from tests.test_data_documents import LINES, TEXTS, zstd
 from tests.test_data_prepare import KILLED, documents
 
-pytest.importorskip("datasets", reason="reads public corpora; an extra")
+pytest.importorskip("datasets", reason="datasets is not installed: public corpora need it")
 
 
 def write_parquet(path, texts, column="text", **options):
@@ -262,7 +262,7 @@ def test_redpajama_gives_each_source_its_share_of_the_tokens(tmp_path, redpajama
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    pytest.importorskip("aiohttp", reason="`datasets` opens http URLs with it; an extra")
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed: `datasets` opens http URLs with it")
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     import datasets
