@@ -20,13 +20,17 @@ def learning_rate(step: int, c: Config) -> float:
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """Returns the optimizer of config.optimizer. Matrices decay by weight_decay, norm weights do not.
 
-    With `muon`, the matrices of the blocks are updated by Muon, and the embedding, the output head and the norms by AdamW.
+    With `muon`, the matrices of the blocks are updated by Muon, each head's query, key, value and output projections by
+    themselves; the embedding, the output head, the norms and the biases are updated by AdamW.
     """
-    muon = []
+    muon = {}
     if config.optimizer == "muon":
-        muon = [p for name, p in model.named_parameters() if p.dim() >= 2 and name.startswith("blocks.")]
-    chosen = {id(p) for p in muon}
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in chosen]
+        for block in model.blocks:
+            muon[block.attention.wqkv.weight] = (config.n_heads + 2 * config.n_kv_heads, 0)
+            muon[block.attention.wo.weight] = (config.n_heads, 1)
+            muon[block.mlp.gate_up.weight] = (2, 0)
+            muon[block.mlp.down.weight] = (1, 0)
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and p not in muon]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -82,6 +86,9 @@ class LossScale:
 class Muon(torch.optim.Optimizer):
     """Muon: the update of a matrix is its Nesterov momentum, orthogonalized; the other parameters are AdamW's.
 
+    `weights` maps each weight to (n, dim): the weight is n matrices side by side along dim, each of which is orthogonalized by
+    itself.
+
     The update is scaled to the root mean square of AdamW's (0.2 sqrt(max(shape)), Liu et al. 2025, arXiv 2502.16982), so that
     one learning rate and one weight decay serve both. It takes `grad_scale` and `found_inf` as fused AdamW does.
     """
@@ -89,9 +96,10 @@ class Muon(torch.optim.Optimizer):
     grad_scale = None
     found_inf = None
 
-    def __init__(self, matrices: list, adamw: torch.optim.AdamW, lr: float, weight_decay: float, momentum=0.95):
+    def __init__(self, weights: dict, adamw: torch.optim.AdamW, lr: float, weight_decay: float, momentum=0.95):
         self.adamw = adamw
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, muon=True))
+        self.parts = weights
+        super().__init__(list(weights), dict(lr=lr, weight_decay=weight_decay, momentum=momentum, muon=True))
         self.param_groups += adamw.param_groups
 
     @torch.no_grad()
@@ -101,7 +109,9 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
             grad = p.grad if self.grad_scale is None else p.grad / self.grad_scale
             momentum = buffer.lerp(grad, 1 - group["momentum"])
-            update = orthogonalize(grad.lerp(momentum, group["momentum"])) * (0.2 * max(p.shape) ** 0.5)
+            n, dim = self.parts[p]
+            matrices = torch.stack(grad.lerp(momentum, group["momentum"]).chunk(n, dim))
+            update = torch.cat(orthogonalize(matrices).unbind(), dim) * (0.2 * max(matrices.shape[1:]) ** 0.5)
             new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
             skip = torch.zeros((), device=p.device) if self.found_inf is None else self.found_inf
             p.copy_(torch.where(skip > 0, p, new))
@@ -113,12 +123,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Returns about U V^T of x = U S V^T (n, m), singular values of 0.7 to 1.2, by a quintic Newton-Schulz iteration."""
+    """Returns about U V^T of each x = U S V^T (k, n, m) by a quintic Newton-Schulz iteration: singular values of 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
     y = x.bfloat16() if x.is_cuda else x
-    y = y.T if len(x) > x.shape[1] else y
-    y = y / (y.norm() + 1e-7)
+    y = y.mT if tall else y
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = y @ y.T
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.T if len(x) > x.shape[1] else y).to(x.dtype)
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).to(x.dtype)

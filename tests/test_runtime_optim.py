@@ -36,10 +36,35 @@ def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_values_near_1(s
     """The quintic's fixed interval: 0.68 to 1.13 for values that are not vanishing, Jordan et al. 2024."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    inner = u.T @ orthogonalize(x) @ v.T  # diagonal where the singular vectors are the same
+    inner = u.T @ orthogonalize(x[None])[0] @ v.T  # diagonal where the singular vectors are the same
     assert (inner - inner.diag().diag()).abs().max() < 1e-4
     large = s > 0.1 * s.max()
     assert inner.diag()[large].min() > 0.6 and inner.diag().max() < 1.3
+
+
+def test_muon_updates_each_heads_projections_as_if_they_were_weights_by_themselves():
+    """Momentum only rescales the first gradient, which orthogonalizing undoes: the update is that of each matrix's gradient."""
+    config = Config(**CONFIG | {"weight_decay": 0.0}, optimizer="muon", learning_rate=1.0)
+    model = Llama(config.model(), eager)
+    optimizer = make_optimizer(model, config)
+    attention, mlp = model.blocks[0].attention, model.blocks[0].mlp
+    heads = config.n_heads + 2 * config.n_kv_heads
+    parts = {
+        attention.wqkv.weight: lambda w: w.split(config.head_dim, 0),
+        attention.wo.weight: lambda w: w.split(config.head_dim, 1),
+        mlp.gate_up.weight: lambda w: w.split(config.hidden_dim, 0),
+        mlp.down.weight: lambda w: (w,),
+    }
+    assert [len(split(w)) for w, split in parts.items()] == [heads, config.n_heads, 2, 1]
+    before = {w: w.detach().clone() for w in parts}
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    for w, split in parts.items():
+        for change, g in zip(split(before[w] - w.detach()), split(w.grad), strict=True):
+            expected = orthogonalize(g[None])[0] * (0.2 * max(g.shape) ** 0.5)
+            # A weight of about 0.02 is subtracted from values of about 1: a rounding of 1e-7, and sums in another order.
+            assert torch.allclose(change, expected, rtol=0, atol=1e-5)
 
 
 def test_an_update_of_muon_has_the_size_of_adamws():
