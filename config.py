@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from errors import UserError, run_command
+from cli import Parser, run_command
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 PATHS = ("data", "out_dir", "init_from")
@@ -38,28 +39,6 @@ ADDED = {
 MAY_CHANGE_ON_REQUEST = {
     "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
 }  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """The argument parser of every command. A mistake on the command line raises UserError."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def parse_args(self, args=None, namespace=None):
-        """Parses options and positional arguments in any order; an unknown option is refused with the nearest known one."""
-        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args  # which takes no subcommands
-        parsed, unknown = parse(args, namespace)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            raise UserError(
-                f"{name}: no such option; " + (f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help")
-            )
-        return parsed
 
 
 def setting(default, doc: str, least=None):

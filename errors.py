@@ -1,4 +1,4 @@
-"""Exceptions that every package raises, and the exit status that a command ends with.
+"""Exceptions that every package raises, and the exit status that each gives a command.
 
 0    done
 2    the user's mistake: one line that names the thing and the remedy
@@ -8,9 +8,6 @@
 """
 
 import errno
-import os
-import signal
-import sys
 
 OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,40 +43,3 @@ def exit_status(e: BaseException) -> tuple[int, str] | None:
     if is_out_of_memory(e):
         return 2, "out of memory; try a smaller model or batch, or another machine"
     return None
-
-
-def run_command(main, argv) -> int:
-    """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
-
-    Under torchrun, what all ranks find (a UserError or RunFailed) is reported by rank 0 alone; what may have happened on one
-    rank only is reported by that rank, with its number.
-    """
-    try:
-        return main(argv)
-    except BaseException as e:
-        found = exit_status(e)
-        if found is None:
-            raise
-        status, message = found
-        rank = os.environ.get("RANK", "0")
-        shared = type(e) in (UserError, RunFailed, KeyboardInterrupt)
-        if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
-            message = f"rank {rank}: {message}"
-        if rank == "0" or not shared:
-            print(message, file=sys.stderr, flush=True)
-        return status
-
-
-def exit_on_interrupt():
-    """Makes Ctrl-C end the process with one line and status 130 from now on, also while modules are being imported."""
-
-    def interrupted(number, frame):
-        os.write(2, b"interrupted\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
-
-
-def raise_on_interrupt():
-    """Makes Ctrl-C raise KeyboardInterrupt again, so that files are closed and processes ended."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,7 +13,8 @@ Every score is defined in measures/; docs/measures.md lists them with their sour
 
 import sys
 
-from errors import UserError, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from errors import UserError
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import TYPES, Parser
+from config import TYPES
 from data import bins
 from data.tokenizer import Tokenizer
 from files import atomic_write

@@ -9,7 +9,8 @@ A continuation ends with its document, after --max_new_tokens, or where the mode
 
 import sys
 
-from errors import UserError, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from errors import UserError
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 import kernels
-from config import Parser, from_checkpoint
+from config import from_checkpoint
 from data.tokenizer import Tokenizer, tokenizer_from_state
 from hf import folder as huggingface
 from model import Llama

@@ -12,7 +12,8 @@ The same command resumes a run that was interrupted. Exit status: 0 done; 2 a mi
 import sys
 
 import config as settings
-from errors import OutOfMemory, RunFailed, UserError, exit_on_interrupt, is_out_of_memory, run_command
+from cli import exit_on_interrupt, run_command
+from errors import OutOfMemory, RunFailed, UserError, is_out_of_memory
 
 if __name__ == "__main__":
     exit_on_interrupt()

@@ -21,7 +21,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import ROOT, Parser
+from cli import Parser, run_command
+from config import ROOT
 from data.bins import import_bins
 from data.documents import Part
 from data.encode import Settings
@@ -30,7 +31,7 @@ from data.sources import HELP, SOURCES
 from data.tokenizer import get_tokenizer, tokenizer_to_meta, train_bpe
 from data.tokenizer_kinds import Chars, SentencePiece, Tokenizer
 from data.writer import Writer, report, write_documents
-from errors import UserError, run_command
+from errors import UserError
 from files import atomic_write
 
 BPE_CHARS = 10**9  # of text that the sample for training a tokenizer is drawn from, at most

@@ -10,9 +10,10 @@ The weights are fp32. The logits differ from those of model.py by rounding alone
 import sys
 from pathlib import Path
 
-from config import Parser, from_checkpoint
+from cli import Parser, run_command
+from config import from_checkpoint
 from data.tokenizer import tokenizer_from_state
-from errors import UserError, run_command
+from errors import UserError
 from hf import folder as hf_folder
 from runtime import checkpoint
 

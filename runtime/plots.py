@@ -20,8 +20,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from config import Parser
-from errors import UserError, run_command
+from cli import Parser, run_command
+from errors import UserError
 from files import atomic_write
 from runtime import curves, metrics, rundir
 

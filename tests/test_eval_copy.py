@@ -12,10 +12,10 @@ import tqdm
 
 import eval_copy
 import sample
+from cli import run_command
 from config import ROOT, Config, ModelConfig
 from data import bins
 from data.tokenizer import Chars, load_tokenizer
-from errors import run_command
 from kernels import eager
 from measures import batching, heads
 from measures.batching import affordable

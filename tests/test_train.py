@@ -13,10 +13,11 @@ import torch
 
 import kernels
 import train
+from cli import run_command
 from config import ROOT, Config, from_dict, load
 from data import bins
 from data.meta import SPLITS
-from errors import RunFailed, UserError, run_command
+from errors import RunFailed, UserError
 from kernels import eager
 from model import Llama
 from runtime import checkpoint, distributed, metrics
