@@ -59,25 +59,16 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(ids, tokenizer.hex_ids(), None if counts is None else counts[ids] / counts.sum())
 
 
-def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, separator=False, text=None) -> dict[str, CopyTest]:
-    """The copy tests by the name of their alphabet. text (n,): held-out ids, of which the alphabet `text` takes passages.
-
-    separator: put the line end of the paper's Figure 1 after each sequence, or the first id that is not special where the
-    vocabulary has none; test tokens are then drawn from the others.
-    """
-    ours, end, tests = vocabulary(tokenizer), None, {}
-    if separator:
-        line_end = [] if tokenizer.kind in ("chars", "ids") else list(tokenizer.encode("\n"))
-        end = int(line_end[-1]) if line_end else int(ours.ids[0])
+def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, text=None) -> dict[str, CopyTest]:
+    """The copy tests by the name of their alphabet. text (n,): held-out ids, of which the alphabet `text` takes passages."""
+    ours = vocabulary(tokenizer)
+    tests = {}
     for name in names or default_alphabets(ours) + ["text"] * (text is not None):
         if name == "text" and text is None:
             raise UserError("alphabet=text: takes held-out text; pass --data=FOLDER, a prepared folder")
         ids, shares = (text, None) if name == "text" else alphabet(ours, name)
-        if name != "text" and separator:
-            shares = None if shares is None else shares[ids != end] / shares[ids != end].sum()
-            ids = ids[ids != end]
         try:
-            tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, 0, end, shares, passages=name == "text")
+            tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, 0, shares, passages=name == "text")
         except UserError:
             if names or name != "text":  # too little text, which nobody asked for by name
                 raise
@@ -102,7 +93,7 @@ def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full
         for name, test in tests.items():
             predictions = predict(model, test)
             copy[name] = copy_scores(test, predictions)
-            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1], "separator": test.separator}
+            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1]}
             copy[name] |= {"ids": len(test.alphabet), "untrained": ours.untrained(test.alphabet), "questions": test.hash()}
             copy[name]["kgram"] = kgram_baseline(test, predictions)
         found = {
@@ -164,7 +155,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     text = None
     if val:  # consecutive windows are consecutive text; each ends with the first token of the next
         text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
-    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, args.separator, text))
+    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
     if val:
         n = affordable(model, seq_len, most=64, share=2)
@@ -172,7 +163,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if args.ablate:
         name = next(iter(scores["copy"]))
-        (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], args.separator, text).values()
+        (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], text).values()
         result["ablation"] = ablation.copying_without_heads(model, test, scores["heads"]["score_mended"], args.ablate, ids)
     if args.plot:
         result["stripes"] = attention.stripes(model, ids, bos, scores["heads"])
@@ -192,7 +183,7 @@ def over_steps(run: Path, args: argparse.Namespace):
         model, tokenizer, _ = load(found[step], args.device, args.kernels)
         if not tests:
             seq_len = context_length(model, args.context)
-            tests = make_tests(tokenizer, seq_len, copy_samples(model, seq_len, args), args.alphabet, args.separator)
+            tests = make_tests(tokenizer, seq_len, copy_samples(model, seq_len, args), args.alphabet)
         rows[step] = {"step": step, "path": found[step].name} | as_row(measure(model, tokenizer, tests))
         atomic_write(file, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         exact = ", ".join(f"{name} {rows[step][f'copy_exact_{name}']:.3f}" for name in tests)
@@ -230,7 +221,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     alphabets += "freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
-    add("--separator", action="store_true", help="put a line end after each sequence, as in the paper's Figure 1")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
     add("--ablate", choices=ablation.HOW, default="", help="also copy without the best induction heads, removed in this way")
     add("--data", default="", metavar="FOLDER", help="prepared data: also copy held-out text, and print the loss by position")

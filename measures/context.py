@@ -45,26 +45,16 @@ def induction_loss(model: Llama, ids, bos: int | None, samples: int = 32, seed: 
     return {"first": float(losses[:, 1 : s - 1].mean()), "second": float(losses[:, s + 1 :].mean())}
 
 
-def position_losses(model: Llama, windows: np.ndarray) -> np.ndarray:
-    """Mean loss by context position (Olsson et al. 2022) over windows (B, T+1) of a bin -> (T,) float64.
-
-    [t] is the mean loss of the predictions that are made with t+1 tokens in view.
-    """
-    return token_losses(model, windows).mean(0)
-
-
-def icl_score(losses: np.ndarray, early: int = 50, late: int = 500) -> float | None:
-    """In-context learning score (Olsson et al. 2022): the loss at the `late`-th position of the context, counted from 1, minus
-    that at the `early`-th, from position_losses (T,). Below 0 where the model uses the context between; None where T < late.
-    """
-    return float(losses[late - 1] - losses[early - 1]) if len(losses) >= late else None
-
-
 def position_scores(model: Llama, windows: np.ndarray) -> dict:
-    """{"icl_50_500", "icl_50_1000", "loss": list of position_losses} on windows (B, T+1), with a progress bar."""
+    """Losses by context position on windows (B, T+1) of a bin, with a progress bar. Source: Olsson et al. 2022.
+
+    loss: a list (T,) whose [t] is the mean loss of the predictions made with t + 1 tokens in view
+    icl_50_500, icl_50_1000: the in-context learning score, the loss at position 500 (1000) of the context, counted from 1,
+    minus that at 50: below 0 where the model uses the context between. None where the context is shorter.
+    """
     with progress(model, windows[:, 1:].size, "held-out text"):
-        losses = position_losses(model, windows)
-    return {f"icl_50_{late}": icl_score(losses, 50, late) for late in (500, 1000)} | {"loss": losses.tolist()}
+        loss = token_losses(model, windows).mean(0).tolist()
+    return {f"icl_50_{late}": loss[late - 1] - loss[49] if len(loss) >= late else None for late in (500, 1000)} | {"loss": loss}
 
 
 def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, seed: int = 0) -> dict[str, float]:

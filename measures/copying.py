@@ -22,21 +22,17 @@ LENGTH = PREFIX + SUFFIX
 
 class CopyTest(NamedTuple):
     """sequences (samples, n, 18) of token ids; asked: which of the n the model is asked for, counted from 0; bos: the first id
-    of the context, or None; separator: an id after each sequence, or None; alphabet: the ids that the tokens are drawn from.
+    of the context, or None; alphabet: the ids that the tokens are drawn from.
     """
 
     sequences: np.ndarray
     asked: list[int]
     bos: int | None
-    separator: int | None = None
     alphabet: np.ndarray | None = None
 
     def context(self) -> np.ndarray:
-        """All sequences, without bos: (samples, n * 18), or (samples, n * 19) with a separator after each."""
-        rows = self.sequences
-        if self.separator is not None:
-            rows = np.pad(rows, ((0, 0), (0, 0), (0, 1)), constant_values=self.separator)
-        return rows.reshape(len(rows), -1)
+        """All sequences, without bos: (samples, n * 18)."""
+        return self.sequences.reshape(len(self.sequences), -1)
 
     def cost(self) -> int:
         """How many tokens the model reads."""
@@ -48,24 +44,21 @@ class CopyTest(NamedTuple):
 
     def hash(self) -> str:
         """Identifies the questions: two models whose tests have the same hash were asked the same."""
-        what = f"{self.sequences.shape} {self.asked} {self.bos} {self.separator} ".encode()
+        what = f"{self.sequences.shape} {self.asked} {self.bos} None ".encode()  # None: nothing between the sequences
         return hashlib.blake2b(what + self.sequences.astype("<i8").tobytes(), digest_size=6).hexdigest()
 
 
-def make_test(
-    ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, separator=None, shares=None, passages=False
-) -> CopyTest:
+def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, shares=None, passages=False) -> CopyTest:
     """Draws the test's tokens from `ids` with replacement, uniformly or with probabilities `shares`. With passages, `ids` is a
     text, and each sequence is 18 consecutive tokens from a random place of it, none of them bos.
 
     The same arguments give the same test. Within a sample all prefixes differ, and all suffixes. Raises UserError where the
     context does not hold two sequences and a question, or `ids` do not give enough different sequences.
     """
-    length = LENGTH + (separator is not None)
     lead = int(bos is not None)
-    n = min(SEQUENCES, (seq_len - lead - LENGTH + 1) // length)
+    n = min(SEQUENCES, (seq_len - lead + 1) // LENGTH - 1)
     if n < 2:
-        least = lead + 2 * length + LENGTH - 1
+        least = lead + 3 * LENGTH - 1
         raise UserError(f"seq_len={seq_len}: too short for the copy test, which takes {least} tokens at least")
     too_few = UserError(f"{len(ids)} tokens to draw from: too few for {n} sequences with different prefixes and suffixes")
     rng = np.random.default_rng([seed, len(ids)])
@@ -86,7 +79,7 @@ def make_test(
         again = {s: repeats for s in left if (repeats := _repeats(sequences[s])).any()}
         if not again:
             asked = list(range(4, n, 5) if n == SEQUENCES else range(n))
-            return CopyTest(sequences, asked, bos, separator, np.unique(ids))
+            return CopyTest(sequences, asked, bos, np.unique(ids))
         for s, repeats in again.items():
             sequences[s, repeats] = draw(int(repeats.sum()))
         left = again
@@ -121,7 +114,6 @@ def predict(model: Llama, test: CopyTest) -> Predictions:
     """
     model.eval()
     lead, context = int(test.bos is not None), test.context()
-    each = context.shape[1] // test.sequences.shape[1]
     whole = np.pad(context, ((0, 0), (lead, 0)), constant_values=test.bos or 0)
     found = []
     for part, sequences in batches(model, whole, test.sequences):
@@ -131,7 +123,7 @@ def predict(model: Llama, test: CopyTest) -> Predictions:
         for i in test.asked:
             cache.length = part.shape[1]
             query = sequences[:, i]  # (B, 18)
-            before = lead + i * each + PREFIX - 1  # the position that predicts the first suffix token
+            before = lead + i * LENGTH + PREFIX - 1  # the position that predicts the first suffix token
             first = model.lm_head(hidden[:, before : before + SUFFIX])
             again = model(query[:, :-1], cache=cache)[:, -SUFFIX:]  # (B, 6, V)
             answers.append([*_predicted(again, query[:, PREFIX:]), *_predicted(first, query[:, PREFIX:])])

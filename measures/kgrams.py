@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from measures.copying import PREFIX, SUFFIX, CopyTest, Predictions
+from measures.copying import LENGTH, PREFIX, SUFFIX, CopyTest, Predictions
 
 K = (1, 2, 3, 4)
 TELLING = 10  # tokens by which the baselines of k and k - 1 must differ before the model's use of token k is told
@@ -27,12 +27,11 @@ def follower_counts(test: CopyTest) -> Iterator[np.ndarray]:
     as numbered(test) does) followed the last k tokens before: (5, samples, tokens) counts for k = 0, 1, 2, 3, 4.
     """
     context = numbered(test)[0]  # (samples, T)
-    samples, T = context.shape
-    each = T // test.sequences.shape[1]
+    samples = len(context)
     size = context.max() + 1
     sample = np.arange(samples)[:, None]
     for i in test.asked:
-        whole = np.concatenate((context, context[:, i * each : i * each + PREFIX + SUFFIX]), axis=1)
+        whole = np.concatenate((context, context[:, i * LENGTH : (i + 1) * LENGTH]), axis=1)
         for end in range(whole.shape[1] - SUFFIX, whole.shape[1]):  # predict token `end` from those before it
             match = np.ones((samples, end), dtype=bool)  # whether the last k tokens stand right before place j
             counts = []
@@ -64,8 +63,7 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     like: the largest k up to which all uses are above one half.
     """
     context, ids = numbered(test)
-    samples, T = context.shape
-    each = T // test.sequences.shape[1]
+    samples = len(context)
     predicted = _predicted_numbers(ids, predictions.tokens, missing=context.max() + 1)
     row = np.arange(samples)
     chance = np.ones((len(test.asked), len(K), samples))  # that the baseline gets all six right
@@ -74,7 +72,7 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     places = np.zeros(len(K))
     for step, counts in enumerate(follower_counts(test)):
         a, t = divmod(step, SUFFIX)
-        right = context[:, test.asked[a] * each + PREFIX + t]
+        right = context[:, test.asked[a] * LENGTH + PREFIX + t]
         share = counts / counts.sum(-1, keepdims=True)  # (5, samples, tokens)
         chance[a] *= share[1:, row, right]
         possible = np.pad(counts > 0, ((0, 0), (0, 0), (0, 1)))[:, row, predicted[a, :, t]]  # (5, samples)
