@@ -8,6 +8,7 @@
 """
 
 import errno
+import importlib
 
 OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,3 +44,11 @@ def exit_status(e: BaseException) -> tuple[int, str] | None:
     if is_out_of_memory(e):
         return 2, "out of memory; try a smaller model or batch, or another machine"
     return None
+
+
+def require(package: str, what: str, extra: str):
+    """Imports and returns a package that only `what` needs. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise UserError(f"{what} needs {package}, which is not installed: pip install '.[{extra}]'") from None

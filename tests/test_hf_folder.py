@@ -496,7 +496,7 @@ def test_damaged_missing_and_foreign_files_are_refused_in_one_line(folder):
 
 def test_without_the_package_one_line_names_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
+    with pytest.raises(UserError, match="needs safetensors, which is not installed: pip install"):
         huggingface.read(folder)
 
 
