@@ -36,7 +36,7 @@ from files import atomic_write
 
 BPE_CHARS = 10**9  # of text that the sample for training a tokenizer is drawn from, at most
 # The options of sources without a tokenizer of their own, and those of all sources, with their defaults.
-TEXT = {"tokenizer": "bytes", "vocab_size": 2048, "repeat": 0.0}
+TEXT = {"tokenizer": "bytes", "vocab_size": 0, "repeat": 0.0}
 COMMON = {"val_fraction": 0.01, "seed": 0}
 
 
@@ -108,10 +108,6 @@ def add_option(command: argparse.ArgumentParser, name: str, default):
     """Adds an option of the type of its default; without a default, it is a list of positional arguments."""
     if default is inspect.Parameter.empty:
         command.add_argument(name, nargs="+", metavar=name.upper().removesuffix("S"), help=HELP[name])
-    elif default is False:
-        command.add_argument(f"--{name}", action="store_true", help=HELP[name])
-    elif default == ():
-        command.add_argument(f"--{name}", action="append", default=[], metavar="SOURCE=WEIGHT", help=HELP[name])
     else:
         kind = whole if type(default) is int else type(default)
         command.add_argument(f"--{name}", type=kind, default=default, metavar=type(default).__name__.upper(), help=HELP[name])
@@ -143,8 +139,8 @@ def check(args: dict, out: Path, processes: int):
     tokenizer = args.get("tokenizer")
     size = args.pop("vocab_size", None)
     if tokenizer == "bpe":
-        args["vocab_size"] = size
-    elif size not in (None, TEXT["vocab_size"]):
+        args["vocab_size"] = size or 2048
+    elif size:
         raise UserError(f"--vocab_size={size}: {tokenizer} has its own; add --tokenizer=bpe, or leave it out")
     if tokenizer and Path(tokenizer).suffix:
         args["tokenizer"] = str(Path(tokenizer).resolve())
