@@ -79,7 +79,7 @@ class Run:
     def __init__(self, config: Config, world: distributed.World):
         # Settings
         self.world = world
-        self.out = rundir.check(config.out_dir)
+        self.out = Path(config.out_dir)
         self.stop = distributed.StopSignal(world)
         loggers.check(config)
         split_batch(config, world)
@@ -103,7 +103,7 @@ class Run:
         path, state = resume.newest(config, self.fingerprint, world)
         distributed.check_memory(config, world.device)
         torch.manual_seed(config.seed)
-        dtype = distributed.pick_training_dtype(config, world, state)
+        dtype = distributed.pick_training_dtype(config, world.device, state)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
         self.config = config = dataclasses.replace(config, dtype=dtype, kernels=ops.__name__.removeprefix("kernels."))
         self.kernels = kernels.describe(ops, world.device)
