@@ -30,6 +30,14 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def whole(text: str) -> int:
+    """Parses a whole number of 0 or more: 40e9 as well as 40000000000. Raises ValueError."""
+    number = float(text)
+    if number < 0 or not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
 def run_command(main, argv) -> int:
     """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
 

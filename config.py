@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cli import Parser, run_command
+from cli import Parser, run_command, whole
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -137,8 +137,7 @@ class Config(ModelConfig):
 
     device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto",
-        "dtype of activations; auto: bf16 on GPUs that have it and CPUs where it is faster, fp16 on older GPUs, else fp32",
+        "auto", "dtype of activations; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere"
     )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
@@ -261,19 +260,12 @@ def parse(name: str, text: str):
     kind = _type(name)
     if kind is bool:
         return _one_of(name, text.lower(), ("true", "false")) == "true"
-    for number in {int: (int, _whole), float: (float,)}.get(kind, ()):
+    for number in {int: (int, whole), float: (float,)}.get(kind, ()):
         with contextlib.suppress(ValueError):
             return number(text)
     if kind in (int, float):
         raise UserError(f"{name}={text}: expected {kind.__name__}")
     return text
-
-
-def _whole(text: str) -> int:
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError
-    return int(number)
 
 
 def _type(name: str):
@@ -291,7 +283,7 @@ def _one_of(name: str, value, choices):
 
 
 def from_command_line(argv: list[str]) -> Config:
-    """load(argv); ends the process with status 2 and one line after a mistake, and with status 0 after --help."""
+    """Returns load(argv). Ends the process after a mistake, with status 2 and one line, and after --help, with status 0."""
     loaded = []
     if status := run_command(lambda argv: loaded.append(load(argv)) or 0, argv):
         sys.exit(status)

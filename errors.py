@@ -7,6 +7,7 @@
 130  interrupted by Ctrl-C
 """
 
+import contextlib
 import errno
 import importlib
 
@@ -24,6 +25,15 @@ class OutOfMemory(UserError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on, through no mistake in what was asked."""
+
+
+@contextlib.contextmanager
+def about(what):
+    """Puts `what`, a path or an option, before the message of a UserError that the block raises."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from None
 
 
 def is_out_of_memory(e: BaseException) -> bool:

@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ from measures.copying import LENGTH, SEQUENCES, CopyTest, copy_scores, make_test
 from measures.kgrams import kgram_baseline
 from measures.table import table
 from model import Llama
-from runtime import metrics
+from runtime import checkpoint, metrics
 from sample import decoded, load, prompt_ids, write_samples
 
 TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
@@ -48,27 +47,24 @@ SAMPLES = {
     "heads": (32, 2 * heads.LENGTH), "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
     "recall": (100, 2 * context.RECALL_LENGTH), "pairs": (100, 4 * context.PAIRS),
 }  # fmt: skip
-# What an existing file must begin with so that --json, --plot or --attention may replace it.
-BEGINNINGS = {"json": b'[\n {\n  "path"', ".html": b"<!doctype html>"}
-PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     ids = np.array([i for i in range(tokenizer.size) if i not in tokenizer.special])
-    counts = getattr(tokenizer, "counts", None)
+    counts = tokenizer.counts
     return Vocabulary(ids, tokenizer.hex_ids(), None if counts is None else counts[ids] / counts.sum())
 
 
 def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, text=None) -> dict[str, CopyTest]:
-    """The copy tests by the name of their alphabet. text (n,): held-out ids, of which the alphabet `text` takes passages."""
+    """Returns copy tests by the name of their alphabet. text (n,): held-out ids, from which the alphabet `text` is drawn."""
     ours = vocabulary(tokenizer)
     tests = {}
     for name in names or default_alphabets(ours) + ["text"] * (text is not None):
         if name == "text" and text is None:
             raise UserError("alphabet=text: takes held-out text; pass --data=FOLDER, a prepared folder")
-        ids, shares = (text, None) if name == "text" else alphabet(ours, name)
+        ids = text if name == "text" else alphabet(ours, name)
         try:
-            tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, 0, shares, passages=name == "text")
+            tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, passages=name == "text")
         except UserError:
             if names or name != "text":  # too little text, which nobody asked for by name
                 raise
@@ -76,11 +72,11 @@ def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, tex
 
 
 def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full: bool = True) -> dict:
-    """All scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
+    """Returns all scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
 
-    A progress bar on stderr counts the tokens that the model reads. Not in full, for the evaluations during training: without
-    the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in eval
-    mode.
+    A progress bar on stderr counts the tokens that the model reads. full=False is for evaluations during training: it leaves
+    out the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in
+    eval mode.
     """
     ours, bos = vocabulary(tokenizer), tokenizer.bos
     if not full:
@@ -105,7 +101,7 @@ def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full
 
 
 def as_row(scores: dict) -> dict:
-    """The scores as a row of metrics.jsonl; in full, of measures.jsonl."""
+    """Returns the scores as a row of metrics.jsonl or, in full, of measures.jsonl."""
     row = {}
     for name, c in scores["copy"].items():
         row |= {f"copy_exact_{name}": c["exact"], f"copy_token_{name}": c["token"]}
@@ -124,7 +120,7 @@ def as_row(scores: dict) -> dict:
 
 
 def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest]) -> dict:
-    """The scores that a run logs in metrics.jsonl. The model is left in training mode."""
+    """Returns the scores that a run logs in metrics.jsonl. The model is left in training mode."""
     row = as_row(measure(model, tokenizer, tests, full=False))
     model.train()
     return row
@@ -137,13 +133,13 @@ def context_length(model: Llama, asked: int) -> int:
 
 
 def copy_samples(model: Llama, seq_len: int, args: argparse.Namespace) -> int:
-    """--samples, or the default: as many as a few minutes allow, 10 to 500 for each alphabet."""
+    """Returns --samples, or the default: as many as a few minutes allow, 10 to 500 for each alphabet."""
     tokens = min(2 * seq_len, (SEQUENCES + 10) * LENGTH)  # of a sample: the sequences, and a question after every fifth
     return args.samples or affordable(model, tokens, most=500, least=10, share=5)
 
 
 def evaluate(path, args: argparse.Namespace) -> dict:
-    """All scores of one checkpoint, by the options of the command."""
+    """Returns all scores of one checkpoint, by the options of the command."""
     model, tokenizer, step = load(path, args.device, args.kernels)
     if tokenizer.kind == "ids" and huggingface.is_folder(Path(path)):
         missing = "has neither tokenizer.json nor tokenizer.model: it has no bos, and hex16 is 16 random ids"
@@ -174,8 +170,7 @@ def over_steps(run: Path, args: argparse.Namespace):
     """Adds a row to a run's measures.jsonl for each of its checkpoints, milestones included, that has none there yet."""
     file = run / "measures.jsonl"
     rows = {row["step"]: row for row in metrics.read(file)} if file.exists() else {}
-    names = ((re.fullmatch(r"(?:milestone|ckpt)_(\d+)\.pt", path.name), path) for path in run.glob("*.pt"))
-    found = {int(match[1]): path for match, path in names if match}
+    found = checkpoint.by_step(run, "milestone") | checkpoint.by_step(run)
     if not found:
         raise UserError(f"{run}: no checkpoints of several steps; train with --ckpt_keep=1000 or --ckpt_milestones=true")
     tests = {}
@@ -200,15 +195,13 @@ def attention_page(path, text: str, args: argparse.Namespace) -> str:
     return attention.page(model, ids, words, scores, f"{path}, step {step:,}")
 
 
-def check_output(option: str, file: str, beginning: bytes):
-    """Raises UserError unless `file` can be written, and what it would replace begins as a file of its own kind does."""
+def check_output(option: str, file: str, *suffixes: str):
+    """Raises UserError before a long evaluation if its result cannot be written to `file`, or is of another kind."""
     path = Path(file)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
-    if path.exists():
-        with open(path, "rb") as old:
-            if old.read(len(beginning)) != beginning:
-                raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -218,7 +211,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     alphabets = (
         "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data), "
     )
-    alphabets += "freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
+    alphabets += "seen (ids that are not rare), text (passages of held-out text, with --data)"
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
@@ -238,8 +231,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--samples={args.samples}: expected 1 or more")
     if args.context < 0:
         parser.error(f"--context={args.context}: expected 0 or more")
-    if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
-        parser.error(f"--plot={args.plot}: expected a name that ends in {', '.join(PICTURES)}")
     return args
 
 
@@ -250,7 +241,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.attention:
         text, file = args.attention
-        check_output("--attention", file, BEGINNINGS[".html"])
+        check_output("--attention", file, ".html")
         atomic_write(file, attention_page(args.paths[0], text, args))
         print(f"page: {file}")
         return 0
@@ -259,9 +250,9 @@ def main(argv: list[str]) -> int:
             over_steps(Path(path), args)
         return 0
     if args.json:
-        check_output("--json", args.json, BEGINNINGS["json"])
+        check_output("--json", args.json, ".json")
     if args.plot:
-        check_output("--plot", args.plot, PICTURES[Path(args.plot).suffix.lower()])
+        check_output("--plot", args.plot, ".png", ".pdf", ".svg")
         runs = [metrics.read(file) if (file := Path(path) / "metrics.jsonl").exists() else [] for path in args.paths]
     results = []
     for path in args.paths:

@@ -1,4 +1,4 @@
-"""Documents out of files and datasets: plain text, JSON lines, and whatever the library `datasets` reads.
+"""Reads documents from files and datasets: plain text, JSON lines, and whatever the library `datasets` reads.
 
 A damaged file raises UserError. A damaged record, or one without its text, becomes a document with text=None and the reason, so
 that it is counted and named. JSON lines are parsed here, since the loader of `datasets` stops at the first bad line and takes a

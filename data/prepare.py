@@ -1,4 +1,4 @@
-"""Text in, bins out.
+"""Prepares a dataset: turns text into bins of token ids.
 
     python -m data.prepare python-stdlib --tokenizer=bpe --vocab_size=2048
     python -m data.prepare text notes/ book.txt crawl.jsonl.zst --tokenizer=llama.model --out=data/mine
@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import Parser, run_command
+from cli import Parser, run_command, whole
 from config import ROOT
 from data.bins import import_bins
 from data.documents import Part
@@ -111,14 +111,6 @@ def add_option(command: argparse.ArgumentParser, name: str, default):
     else:
         kind = whole if type(default) is int else type(default)
         command.add_argument(f"--{name}", type=kind, default=default, metavar=type(default).__name__.upper(), help=HELP[name])
-
-
-def whole(text: str) -> int:
-    """Parses a whole number of 0 or more: 40e9 as well as 40000000000."""
-    number = int(float(text))
-    if number < 0:
-        raise ValueError
-    return number
 
 
 def cores() -> int:

@@ -143,7 +143,7 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _dummies(self) -> int | None:
-        """How many ids the model puts before text that begins with a line end; None if text may not be cut there.
+        """The number of ids that the model puts before text that begins with a line end; None if text may not be cut there.
 
         Encoding between line ends gives the ids of the whole text if no piece crosses a line end, and if a piece's score is
         its rank among the merges of BPE, so that merging depends on nearby text alone.

@@ -1,4 +1,4 @@
-"""Writes a dataset completely or not at all, and resumes one that was interrupted.
+"""Writes a dataset completely or not at all, and resumes an interrupted one.
 
 An unfinished dataset lies in the folder `.partial` inside its own: the bins so far, and journal.json, which states how much of
 them counts and where reading resumes.

@@ -16,7 +16,7 @@ import torch
 
 from config import ModelConfig, from_checkpoint, from_dict
 from data.tokenizer_json import TokenizerJson
-from errors import UserError, require
+from errors import UserError, about, require
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
 
@@ -64,10 +64,8 @@ def read(folder) -> dict:
     """
     folder = Path(folder)
     values = _json(folder / "config.json")
-    try:
+    with about(folder / "config.json"):
         config = from_dict(_fields(values), ModelConfig)
-    except UserError as e:
-        raise UserError(f"{folder / 'config.json'}: {e}") from None
     tokenizer = _tokenizer(folder, values, config)
     return {"model": _tensors(folder, config), "config": dataclasses.asdict(config), "step": 0, "tokenizer": tokenizer}
 
@@ -192,10 +190,8 @@ def _config_json(c: ModelConfig, tokenizer) -> dict:
 
 def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
     """Returns the tokenizer's state: the exported checkpoint's, else that of tokenizer.model or tokenizer.json, else ids."""
-    try:
+    with about(folder / "config.json"):
         theirs = {"kind": "tokenizers"} | TokenizerJson.named_in(values)
-    except UserError as e:
-        raise UserError(f"{folder / 'config.json'}: {e}") from None
     ours = values.get(OUR_TOKENIZER)
     for state in [{"kind": "sentencepiece"}, theirs] if ours is None else [ours]:
         if not isinstance(state, dict) or not isinstance(state.get("kind"), str):

@@ -1,4 +1,4 @@
-"""What a model loses without some of its heads, compared with what it loses without as many others.
+"""Scores a model without some of its heads, and without as many random others.
 
     ranking = heads.attention_scores(model, ids, bos)["induction"]
     ablation_curve(model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking, ks=(0, 1, 2, 4))
@@ -45,8 +45,8 @@ def _replace(mine: list[int], value: torch.Tensor, head_dim: int, module, args):
 
 @torch.no_grad()
 def head_means(model: Llama, tokens) -> torch.Tensor:
-    """The mean output of each head over all positions and samples of token ids (B, T), in one pass in eval mode:
-    (n_layers, n_heads, Dh), fp32 or wider.
+    """Returns the mean output of each head over all positions and samples of token ids (B, T): (n_layers, n_heads, Dh), fp32
+    or wider. The model is left in eval mode.
     """
     model.eval()
     c, means = model.config, []
@@ -87,7 +87,7 @@ def ablation_curve(model: Llama, score_fn, ranking, ks, means=None, seed=0, cont
 
 
 def copying_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how: str, ids: np.ndarray) -> dict:
-    """ablation_curve of the exact match, up to half of all heads; `mean` is taken on random tokens of `ids` that occur twice.
+    """Returns ablation_curve of the exact match, up to half of all heads; means are of random tokens of `ids`, twice each.
 
     A progress bar on stderr counts the tokens that the model reads.
     """

@@ -31,15 +31,15 @@ class CopyTest(NamedTuple):
     alphabet: np.ndarray | None = None
 
     def context(self) -> np.ndarray:
-        """All sequences, without bos: (samples, n * 18)."""
+        """Returns all sequences, without bos: (samples, n * 18)."""
         return self.sequences.reshape(len(self.sequences), -1)
 
     def cost(self) -> int:
-        """How many tokens the model reads."""
+        """Returns how many tokens the model reads."""
         return self.context().size + len(self.sequences) * len(self.asked) * (LENGTH - 1)
 
     def suffixes(self) -> np.ndarray:
-        """The right answers: (asked, samples, 6)."""
+        """Returns the right answers: (asked, samples, 6)."""
         return self.sequences[:, self.asked, PREFIX:].swapaxes(0, 1)
 
     def hash(self) -> str:
@@ -48,9 +48,9 @@ class CopyTest(NamedTuple):
         return hashlib.blake2b(what + self.sequences.astype("<i8").tobytes(), digest_size=6).hexdigest()
 
 
-def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, shares=None, passages=False) -> CopyTest:
-    """Draws the test's tokens from `ids` with replacement, uniformly or with probabilities `shares`. With passages, `ids` is a
-    text, and each sequence is 18 consecutive tokens from a random place of it, none of them bos.
+def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, passages=False) -> CopyTest:
+    """Draws the test's tokens uniformly from `ids`, with replacement. With passages, `ids` is a text, and each sequence is 18
+    consecutive tokens from a random place of it, none of them bos.
 
     The same arguments give the same test. Within a sample all prefixes differ, and all suffixes. Raises UserError where the
     context does not hold two sequences and a question, or `ids` do not give enough different sequences.
@@ -71,7 +71,7 @@ def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, shar
     def draw(count):
         if passages:
             return ids[rng.choice(starts, (count, 1)) + np.arange(LENGTH)]
-        return rng.choice(ids, (count, LENGTH), p=shares)
+        return rng.choice(ids, (count, LENGTH))
 
     sequences = draw(samples * n).reshape(samples, n, LENGTH)
     left = range(samples)  # the samples that may hold a prefix or suffix twice
@@ -109,9 +109,7 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(model: Llama, test: CopyTest) -> Predictions:
-    """The questions of a sample share one pass over its sequences: their keys and values are kept in a cache, which is rewound
-    for each question.
-    """
+    """Returns the model's predictions, from one pass over the sequences of a sample and a rewound KVCache for each question."""
     model.eval()
     lead, context = int(test.bos is not None), test.context()
     whole = np.pad(context, ((0, 0), (lead, 0)), constant_values=test.bos or 0)
@@ -132,18 +130,20 @@ def predict(model: Llama, test: CopyTest) -> Predictions:
 
 
 def _predicted(logits, right) -> tuple[np.ndarray, np.ndarray]:
-    """logits (B, 6, V), right (B, 6) -> the likeliest tokens and the log-probabilities of the right ones, (B, 6) each."""
+    """Logits (B, 6, V), right (B, 6) -> the likeliest tokens and the log-probabilities of the right ones, (B, 6) each."""
     logits = wide(logits)
     logprob = logits.log_softmax(-1).gather(-1, right[..., None])[..., 0]
     return logits.argmax(-1).cpu().numpy(), logprob.cpu().numpy()
 
 
 def copy_scores(test: CopyTest, predictions: Predictions) -> dict:
-    """exact: share of questions with all six suffix tokens right, with its 95% interval, and by sequence asked; token, first:
-    share of suffix tokens right, and of first ones; logprob: mean log-probability of a suffix token, in nats. token_unseen
-    and logprob_unseen: the same at the first occurrence of the sequence.
+    """Returns the scores of a model's predictions.
 
-    Greedy decoding gets all six right exactly when these are: each is the likeliest after the right ones.
+    exact: share of questions with all six suffix tokens right, with its 95% interval, and by sequence asked. Greedy decoding
+        gets all six right in exactly these cases, as each is the likeliest after the right ones.
+    token, first: share of suffix tokens right, and of first ones
+    logprob: mean log-probability of a suffix token, in nats
+    token_unseen, logprob_unseen: the same at the first occurrence of the sequence
     """
     right = predictions.tokens == test.suffixes()  # (asked, samples, 6)
     exact = right.all(-1)  # (asked, samples)

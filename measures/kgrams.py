@@ -1,4 +1,4 @@
-"""The k-gram baseline of the copy test: what copying by the last k tokens alone would score, and whether the model does so.
+"""The k-gram baseline of the copy test: the score of copying by the last k tokens alone, and whether the model does so.
 
 The baseline finds all earlier places of the last k tokens and continues with the token that followed one of them, each place as
 likely as the other. Induction heads of the textbook kind do so for k = 1, which fails where every token has occurred often.
@@ -15,16 +15,16 @@ TELLING = 10  # tokens by which the baselines of k and k - 1 must differ before 
 
 
 def numbered(test: CopyTest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Numbers the distinct tokens of each sample from 0 -> its context in these numbers (samples, T), and for each sample the
-    token ids by number.
+    """Numbers the distinct tokens of each sample from 0. Returns the contexts in these numbers (samples, T), and the token ids
+    by number for each sample.
     """
     found = [np.unique(row, return_inverse=True) for row in test.context()]
     return np.stack([numbers for _, numbers in found]), [ids for ids, _ in found]
 
 
 def follower_counts(test: CopyTest) -> Iterator[np.ndarray]:
-    """For each sequence asked, and each of its six suffix tokens in turn, yields how often each token of the sample (numbered
-    as numbered(test) does) followed the last k tokens before: (5, samples, tokens) counts for k = 0, 1, 2, 3, 4.
+    """Yields, for each sequence asked and each of its six suffix tokens, how often each token of the sample (by its number in
+    numbered(test)) followed the last k tokens before: (5, samples, tokens) counts for k = 0, 1, 2, 3, 4.
     """
     context = numbered(test)[0]  # (samples, T)
     samples = len(context)
@@ -45,7 +45,7 @@ def follower_counts(test: CopyTest) -> Iterator[np.ndarray]:
 
 
 def _predicted_numbers(ids: list[np.ndarray], tokens: np.ndarray, missing: int) -> np.ndarray:
-    """Predicted token ids (asked, samples, 6) as numbers of their sample; `missing` for those that the sample lacks."""
+    """Returns predicted ids (asked, samples, 6) as numbers of their sample, `missing` for those that the sample lacks."""
     columns = []
     for s, known in enumerate(ids):
         place = np.searchsorted(known, tokens[:, s]).clip(max=len(known) - 1)
