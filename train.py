@@ -61,11 +61,11 @@ def main(config: Config) -> int:
 def train(config: Config, world: distributed.World) -> int:
     """Trains, and returns the exit status: 0, or 3 if a signal stopped the run.
 
-    What cannot be trained is refused with a UserError before anything is written.
+    What cannot be trained is refused with a UserError, and leaves the run directory as it was.
     """
-    run = Run(config, world)
     with contextlib.ExitStack() as stack:
-        world.on_rank_0(lambda: stack.enter_context(rundir.locked(run.out)))
+        world.on_rank_0(lambda: stack.enter_context(rundir.locked(Path(config.out_dir))))
+        run = Run(config, world)
         if run.step >= config.max_steps:
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0

@@ -191,11 +191,11 @@ class Tiktoken(Tokenizer):
         import tiktoken
 
         self.model = model
-        ranks, self.bos = _ranks(model)
-        self.size = len(ranks) + 1
+        self.ranks, self.bos = _ranks(model)
+        self.size = len(self.ranks) + 1
         self.special = frozenset({self.bos})
         # Without its special tokens, which it would otherwise look for in text.
-        self.encoding = tiktoken.Encoding("ranks", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding("ranks", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={})
         self._id_of = self.encoding.encode_single_token
 
     def encode(self, text):

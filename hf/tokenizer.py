@@ -4,7 +4,6 @@ The ids are those of our own encode(). Text that looks like a special token is e
 (split_special_tokens). transformers puts bos before a text unless told otherwise; our encode() leaves that to its caller.
 """
 
-import base64
 import json
 
 from errors import require
@@ -55,8 +54,7 @@ def _chars(library, tokenizer):
 
 def _tiktoken(library, tokenizer):
     characters = _byte_characters()
-    lines = (line.split() for line in tokenizer.model.splitlines() if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    ranks = tokenizer.ranks
     text = {token: "".join(characters[b] for b in token) for token in ranks}
     vocab = {text[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": tokenizer.bos}
     merges = _merges(sorted(ranks, key=ranks.get), text)

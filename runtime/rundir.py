@@ -48,8 +48,11 @@ def locked(path: Path):
 
 def is_running(path: Path) -> bool:
     """Returns whether a run holds the run directory."""
+    lock = path / "run.lock"
+    if not lock.exists():
+        return False
     try:
-        with filelock.FileLock(path / "run.lock", timeout=0) if (path / "run.lock").exists() else contextlib.nullcontext():
+        with filelock.FileLock(lock, timeout=0):
             return False
     except filelock.Timeout:
         return True
