@@ -17,8 +17,8 @@ import json
 import sys
 from pathlib import Path
 
-from config import ROOT, Parser, load
-from errors import run_command
+from cli import Parser, run_command
+from config import ROOT, load
 
 CONFIGS = {
     ("train", "cuda"): ["configs/llama162m.py"],

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from errors import UserError, run_command
+from cli import Parser, run_command, whole
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 PATHS = ("data", "out_dir", "init_from")
@@ -38,28 +39,6 @@ ADDED = {
 MAY_CHANGE_ON_REQUEST = {
     "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
 }  # fmt: skip
-
-
-class Parser(argparse.ArgumentParser):
-    """The argument parser of every command. A mistake on the command line raises UserError."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def parse_args(self, args=None, namespace=None):
-        """Parses options and positional arguments in any order; an unknown option is refused with the nearest known one."""
-        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args  # which takes no subcommands
-        parsed, unknown = parse(args, namespace)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            raise UserError(
-                f"{name}: no such option; " + (f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help")
-            )
-        return parsed
 
 
 def setting(default, doc: str, least=None):
@@ -158,8 +137,7 @@ class Config(ModelConfig):
 
     device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto",
-        "dtype of activations; auto: bf16 on GPUs that have it and CPUs where it is faster, fp16 on older GPUs, else fp32",
+        "auto", "dtype of activations; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere"
     )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
@@ -282,19 +260,12 @@ def parse(name: str, text: str):
     kind = _type(name)
     if kind is bool:
         return _one_of(name, text.lower(), ("true", "false")) == "true"
-    for number in {int: (int, _whole), float: (float,)}.get(kind, ()):
+    for number in {int: (int, whole), float: (float,)}.get(kind, ()):
         with contextlib.suppress(ValueError):
             return number(text)
     if kind in (int, float):
         raise UserError(f"{name}={text}: expected {kind.__name__}")
     return text
-
-
-def _whole(text: str) -> int:
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError
-    return int(number)
 
 
 def _type(name: str):
@@ -312,7 +283,7 @@ def _one_of(name: str, value, choices):
 
 
 def from_command_line(argv: list[str]) -> Config:
-    """load(argv); ends the process with status 2 and one line after a mistake, and with status 0 after --help."""
+    """Returns load(argv). Ends the process after a mistake, with status 2 and one line, and after --help, with status 0."""
     loaded = []
     if status := run_command(lambda argv: loaded.append(load(argv)) or 0, argv):
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""Exceptions that every package raises, and the exit status that a command ends with.
+"""Exceptions that every package raises, and the exit status that each gives a command.
 
 0    done
 2    the user's mistake: one line that names the thing and the remedy
@@ -7,10 +7,9 @@
 130  interrupted by Ctrl-C
 """
 
+import contextlib
 import errno
-import os
-import signal
-import sys
+import importlib
 
 OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -26,6 +25,15 @@ class OutOfMemory(UserError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on, through no mistake in what was asked."""
+
+
+@contextlib.contextmanager
+def about(what):
+    """Puts `what`, a path or an option, before the message of a UserError that the block raises."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{what}: {e}") from None
 
 
 def is_out_of_memory(e: BaseException) -> bool:
@@ -48,38 +56,9 @@ def exit_status(e: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def run_command(main, argv) -> int:
-    """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
-
-    Under torchrun, what all ranks find (a UserError or RunFailed) is reported by rank 0 alone; what may have happened on one
-    rank only is reported by that rank, with its number.
-    """
+def require(package: str, what: str, extra: str):
+    """Imports and returns a package that only `what` needs. Raises UserError if it is not installed."""
     try:
-        return main(argv)
-    except BaseException as e:
-        found = exit_status(e)
-        if found is None:
-            raise
-        status, message = found
-        rank = os.environ.get("RANK", "0")
-        shared = type(e) in (UserError, RunFailed, KeyboardInterrupt)
-        if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
-            message = f"rank {rank}: {message}"
-        if rank == "0" or not shared:
-            print(message, file=sys.stderr, flush=True)
-        return status
-
-
-def exit_on_interrupt():
-    """Makes Ctrl-C end the process with one line and status 130 from now on, also while modules are being imported."""
-
-    def interrupted(number, frame):
-        os.write(2, b"interrupted\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
-
-
-def raise_on_interrupt():
-    """Makes Ctrl-C raise KeyboardInterrupt again, so that files are closed and processes ended."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise UserError(f"{what} needs {package}, which is not installed: pip install '.[{extra}]'") from None

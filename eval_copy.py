@@ -13,7 +13,8 @@ Every score is defined in measures/; docs/measures.md lists them with their sour
 
 import sys
 
-from errors import UserError, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from errors import UserError
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
@@ -21,12 +22,11 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
-from config import TYPES, Parser
+from config import TYPES
 from data import bins
 from data.tokenizer import Tokenizer
 from files import atomic_write
@@ -38,7 +38,7 @@ from measures.copying import LENGTH, SEQUENCES, CopyTest, copy_scores, make_test
 from measures.kgrams import kgram_baseline
 from measures.table import table
 from model import Llama
-from runtime import metrics
+from runtime import checkpoint, metrics
 from sample import decoded, load, prompt_ids, write_samples
 
 TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
@@ -47,36 +47,24 @@ SAMPLES = {
     "heads": (32, 2 * heads.LENGTH), "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
     "recall": (100, 2 * context.RECALL_LENGTH), "pairs": (100, 4 * context.PAIRS),
 }  # fmt: skip
-# What an existing file must begin with so that --json, --plot or --attention may replace it.
-BEGINNINGS = {"json": b'[\n {\n  "path"', ".html": b"<!doctype html>"}
-PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     ids = np.array([i for i in range(tokenizer.size) if i not in tokenizer.special])
-    counts = getattr(tokenizer, "counts", None)
+    counts = tokenizer.counts
     return Vocabulary(ids, tokenizer.hex_ids(), None if counts is None else counts[ids] / counts.sum())
 
 
-def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, separator=False, text=None) -> dict[str, CopyTest]:
-    """The copy tests by the name of their alphabet. text (n,): held-out ids, of which the alphabet `text` takes passages.
-
-    separator: put the line end of the paper's Figure 1 after each sequence, or the first id that is not special where the
-    vocabulary has none; test tokens are then drawn from the others.
-    """
-    ours, end, tests = vocabulary(tokenizer), None, {}
-    if separator:
-        line_end = [] if tokenizer.kind in ("chars", "ids") else list(tokenizer.encode("\n"))
-        end = int(line_end[-1]) if line_end else int(ours.ids[0])
+def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, text=None) -> dict[str, CopyTest]:
+    """Returns copy tests by the name of their alphabet. text (n,): held-out ids, from which the alphabet `text` is drawn."""
+    ours = vocabulary(tokenizer)
+    tests = {}
     for name in names or default_alphabets(ours) + ["text"] * (text is not None):
         if name == "text" and text is None:
             raise UserError("alphabet=text: takes held-out text; pass --data=FOLDER, a prepared folder")
-        ids, shares = (text, None) if name == "text" else alphabet(ours, name)
-        if name != "text" and separator:
-            shares = None if shares is None else shares[ids != end] / shares[ids != end].sum()
-            ids = ids[ids != end]
+        ids = text if name == "text" else alphabet(ours, name)
         try:
-            tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, 0, end, shares, passages=name == "text")
+            tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, passages=name == "text")
         except UserError:
             if names or name != "text":  # too little text, which nobody asked for by name
                 raise
@@ -84,11 +72,11 @@ def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, sep
 
 
 def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full: bool = True) -> dict:
-    """All scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
+    """Returns all scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
 
-    A progress bar on stderr counts the tokens that the model reads. Not in full, for the evaluations during training: without
-    the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in eval
-    mode.
+    A progress bar on stderr counts the tokens that the model reads. full=False is for evaluations during training: it leaves
+    out the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in
+    eval mode.
     """
     ours, bos = vocabulary(tokenizer), tokenizer.bos
     if not full:
@@ -101,7 +89,7 @@ def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full
         for name, test in tests.items():
             predictions = predict(model, test)
             copy[name] = copy_scores(test, predictions)
-            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1], "separator": test.separator}
+            copy[name] |= {"samples": len(test.sequences), "sequences": test.sequences.shape[1]}
             copy[name] |= {"ids": len(test.alphabet), "untrained": ours.untrained(test.alphabet), "questions": test.hash()}
             copy[name]["kgram"] = kgram_baseline(test, predictions)
         found = {
@@ -113,7 +101,7 @@ def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full
 
 
 def as_row(scores: dict) -> dict:
-    """The scores as a row of metrics.jsonl; in full, of measures.jsonl."""
+    """Returns the scores as a row of metrics.jsonl or, in full, of measures.jsonl."""
     row = {}
     for name, c in scores["copy"].items():
         row |= {f"copy_exact_{name}": c["exact"], f"copy_token_{name}": c["token"]}
@@ -132,7 +120,7 @@ def as_row(scores: dict) -> dict:
 
 
 def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest]) -> dict:
-    """The scores that a run logs in metrics.jsonl. The model is left in training mode."""
+    """Returns the scores that a run logs in metrics.jsonl. The model is left in training mode."""
     row = as_row(measure(model, tokenizer, tests, full=False))
     model.train()
     return row
@@ -145,13 +133,13 @@ def context_length(model: Llama, asked: int) -> int:
 
 
 def copy_samples(model: Llama, seq_len: int, args: argparse.Namespace) -> int:
-    """--samples, or the default: as many as a few minutes allow, 10 to 500 for each alphabet."""
+    """Returns --samples, or the default: as many as a few minutes allow, 10 to 500 for each alphabet."""
     tokens = min(2 * seq_len, (SEQUENCES + 10) * LENGTH)  # of a sample: the sequences, and a question after every fifth
     return args.samples or affordable(model, tokens, most=500, least=10, share=5)
 
 
 def evaluate(path, args: argparse.Namespace) -> dict:
-    """All scores of one checkpoint, by the options of the command."""
+    """Returns all scores of one checkpoint, by the options of the command."""
     model, tokenizer, step = load(path, args.device, args.kernels)
     if tokenizer.kind == "ids" and huggingface.is_folder(Path(path)):
         missing = "has neither tokenizer.json nor tokenizer.model: it has no bos, and hex16 is 16 random ids"
@@ -163,7 +151,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     text = None
     if val:  # consecutive windows are consecutive text; each ends with the first token of the next
         text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
-    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, args.separator, text))
+    scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
     if val:
         n = affordable(model, seq_len, most=64, share=2)
@@ -171,7 +159,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if args.ablate:
         name = next(iter(scores["copy"]))
-        (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], args.separator, text).values()
+        (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], text).values()
         result["ablation"] = ablation.copying_without_heads(model, test, scores["heads"]["score_mended"], args.ablate, ids)
     if args.plot:
         result["stripes"] = attention.stripes(model, ids, bos, scores["heads"])
@@ -182,8 +170,7 @@ def over_steps(run: Path, args: argparse.Namespace):
     """Adds a row to a run's measures.jsonl for each of its checkpoints, milestones included, that has none there yet."""
     file = run / "measures.jsonl"
     rows = {row["step"]: row for row in metrics.read(file)} if file.exists() else {}
-    names = ((re.fullmatch(r"(?:milestone|ckpt)_(\d+)\.pt", path.name), path) for path in run.glob("*.pt"))
-    found = {int(match[1]): path for match, path in names if match}
+    found = checkpoint.by_step(run, "milestone") | checkpoint.by_step(run)
     if not found:
         raise UserError(f"{run}: no checkpoints of several steps; train with --ckpt_keep=1000 or --ckpt_milestones=true")
     tests = {}
@@ -191,7 +178,7 @@ def over_steps(run: Path, args: argparse.Namespace):
         model, tokenizer, _ = load(found[step], args.device, args.kernels)
         if not tests:
             seq_len = context_length(model, args.context)
-            tests = make_tests(tokenizer, seq_len, copy_samples(model, seq_len, args), args.alphabet, args.separator)
+            tests = make_tests(tokenizer, seq_len, copy_samples(model, seq_len, args), args.alphabet)
         rows[step] = {"step": step, "path": found[step].name} | as_row(measure(model, tokenizer, tests))
         atomic_write(file, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         exact = ", ".join(f"{name} {rows[step][f'copy_exact_{name}']:.3f}" for name in tests)
@@ -208,15 +195,13 @@ def attention_page(path, text: str, args: argparse.Namespace) -> str:
     return attention.page(model, ids, words, scores, f"{path}, step {step:,}")
 
 
-def check_output(option: str, file: str, beginning: bytes):
-    """Raises UserError unless `file` can be written, and what it would replace begins as a file of its own kind does."""
+def check_output(option: str, file: str, *suffixes: str):
+    """Raises UserError before a long evaluation if its result cannot be written to `file`, or is of another kind."""
     path = Path(file)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
-    if path.exists():
-        with open(path, "rb") as old:
-            if old.read(len(beginning)) != beginning:
-                raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -226,10 +211,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     alphabets = (
         "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data), "
     )
-    alphabets += "freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
+    alphabets += "seen (ids that are not rare), text (passages of held-out text, with --data)"
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
-    add("--separator", action="store_true", help="put a line end after each sequence, as in the paper's Figure 1")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
     add("--ablate", choices=ablation.HOW, default="", help="also copy without the best induction heads, removed in this way")
     add("--data", default="", metavar="FOLDER", help="prepared data: also copy held-out text, and print the loss by position")
@@ -247,8 +231,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--samples={args.samples}: expected 1 or more")
     if args.context < 0:
         parser.error(f"--context={args.context}: expected 0 or more")
-    if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
-        parser.error(f"--plot={args.plot}: expected a name that ends in {', '.join(PICTURES)}")
     return args
 
 
@@ -259,7 +241,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.attention:
         text, file = args.attention
-        check_output("--attention", file, BEGINNINGS[".html"])
+        check_output("--attention", file, ".html")
         atomic_write(file, attention_page(args.paths[0], text, args))
         print(f"page: {file}")
         return 0
@@ -268,9 +250,9 @@ def main(argv: list[str]) -> int:
             over_steps(Path(path), args)
         return 0
     if args.json:
-        check_output("--json", args.json, BEGINNINGS["json"])
+        check_output("--json", args.json, ".json")
     if args.plot:
-        check_output("--plot", args.plot, PICTURES[Path(args.plot).suffix.lower()])
+        check_output("--plot", args.plot, ".png", ".pdf", ".svg")
         runs = [metrics.read(file) if (file := Path(path) / "metrics.jsonl").exists() else [] for path in args.paths]
     results = []
     for path in args.paths:

@@ -5,6 +5,7 @@ have the dtype of the file that they come from; activations have the dtype asked
 B, T, H, Dh, D, F, V: batch, time, heads, head dim, model dim, feed-forward dim, vocabulary.
 """
 
+import functools
 import math
 
 import torch
@@ -44,13 +45,13 @@ class Attention(nn.Module):
         q, k = self.ops.rotary(q, k, *rope)
         return q, k, v
 
-    def forward(self, x, rope, seed=None, kv_cache=None):
+    def forward(self, x, rope, seed=None, extend=None):
         dropout = self.dropout if self.training else 0.0
-        if kv_cache is None:
+        if extend is None:
             y = self.ops.rotary_attention(self.project(x), *rope, self.heads[1], dropout, seed)  # (B, T, H, Dh)
         else:
             q, k, v = self.qkv(x, rope)
-            k, v = kv_cache.append(k, v)  # (B, start + T, Hkv, Dh)
+            k, v = extend(k, v)  # (B, start + T, Hkv, Dh)
             y = self.ops.causal_attention(q, k, v, dropout, seed)  # (B, T, H, Dh)
         return self.wo(y.flatten(2))
 
@@ -76,13 +77,13 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.empty(config.dim))
         self.mlp = MLP(config, ops)
 
-    def forward(self, x, residual, next_norm, rope, seed=None, kv_cache=None):
+    def forward(self, x, residual, next_norm, rope, seed=None, extend=None):
         """Reads and writes the residual stream (B, T, D): x is its norm by attention_norm, computed by what precedes the block.
 
         Returns its norm by next_norm (D,), which the next block reads, and the stream: an addition and the norm that follows
-        it are one op. seed (B,) keys attention dropout; kv_cache is this layer's part of a KVCache.
+        it are one op. seed (B,) keys attention dropout; extend(k, v) is KVCache.extend of this layer.
         """
-        x = self.attention(x, rope, seed, kv_cache)
+        x = self.attention(x, rope, seed, extend)
         x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
         return self.ops.add_rms_norm(self.mlp(x), residual, next_norm, self.eps)
 
@@ -139,7 +140,8 @@ class Llama(nn.Module):
         x, residual, norms = self.embedded(tokens)
         for i, (block, norm) in enumerate(zip(self.blocks, norms, strict=True)):
             run = block if self.training else block.forward  # a block is compiled for the one shape of training
-            x, residual = run(x, residual, norm, rope, None if seed is None else seed + i, cache and cache.layer(i))
+            extend = cache and functools.partial(cache.extend, i)
+            x, residual = run(x, residual, norm, rope, None if seed is None else seed + i, extend)
         if cache:
             cache.length += tokens.shape[1]
         return x
@@ -201,21 +203,13 @@ class KVCache:
         self.kv = torch.empty(shape, dtype=model.dtype, device=model.embed.weight.device)
         self.length = 0
 
-    def layer(self, i):
-        return LayerCache(self.kv[i], self.length)
-
-
-class LayerCache:
-    def __init__(self, kv, start):
-        self.kv = kv  # (2, B, max_len, Hkv, Dh)
-        self.start = start
-
-    def append(self, k, v):
-        """Writes k, v (B, T, Hkv, Dh) at the end and returns everything up to there: (B, start + T, Hkv, Dh) each."""
-        end = self.start + k.shape[1]
-        self.kv[0, :, self.start : end] = k
-        self.kv[1, :, self.start : end] = v
-        return self.kv[0, :, :end], self.kv[1, :, :end]
+    def extend(self, layer, k, v):
+        """Writes k, v (B, T, Hkv, Dh) of a layer at the end and returns all up to there: (B, length + T, Hkv, Dh) each."""
+        end = self.length + k.shape[1]
+        keys, values = self.kv[layer]  # (B, max_len, Hkv, Dh) each
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        return keys[:, :end], values[:, :end]
 
 
 def rotary_table(config: ModelConfig, device):

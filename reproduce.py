@@ -12,7 +12,8 @@ REPORT.md are made from these rows alone, in results/<scale>/.
 
 import sys
 
-from errors import RunFailed, UserError, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from errors import RunFailed, UserError
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import ROOT, Parser
+from config import ROOT
 from data import prepare
 from files import atomic_write
 from paper.figures import FIGURES

@@ -1,4 +1,4 @@
-"""Continues a prompt with text that the model draws, token by token.
+"""Continues a prompt with text sampled from a model.
 
     python sample.py runs/tiny --prompt 'the quick brown fox jumps. the qui'
     python sample.py runs/tiny/ckpt.pt --temperature=1 --top_k=50 --num_samples=3 --seed=7
@@ -9,7 +9,8 @@ A continuation ends with its document, after --max_new_tokens, or where the mode
 
 import sys
 
-from errors import UserError, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from errors import UserError, about
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 import kernels
-from config import Parser, from_checkpoint
+from config import from_checkpoint
 from data.tokenizer import Tokenizer, tokenizer_from_state
 from hf import folder as huggingface
 from model import Llama
@@ -29,12 +30,10 @@ from runtime import checkpoint, distributed
 
 
 def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
-    """The model, tokenizer and step of a checkpoint, a run directory or a Hugging Face folder."""
+    """Returns the model, tokenizer and step of a checkpoint, a run directory or a Hugging Face folder."""
     state = huggingface.load(path)
-    try:
+    with about(path):
         config = from_checkpoint(state["config"])
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
     device = distributed.pick_device(device)
     dtype = distributed.pick_dtype("auto", device)
     ops = kernels.choose(ops, device, config.head_dim, dtype)
@@ -49,7 +48,7 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
 
 
 def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt, bos first where there is one. Raises UserError unless it leaves room in the context."""
+    """Returns the ids of a prompt, bos first where there is one. Raises UserError unless it leaves room in the context."""
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + (list(map(int, tokenizer.encode(text))) if text else [])
     if not ids or len(ids) >= model.config.seq_len:
         raise UserError(f"prompt of {len(ids)} tokens: this model's context takes 1 to {model.config.seq_len - 1}")
@@ -74,7 +73,7 @@ def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str
 
 
 def stream(model: Llama, tokenizer: Tokenizer, text: str, n=200, temperature=0.0, top_k=0) -> Iterator[str]:
-    """Yields the continuation of `text` piece by piece, up to n tokens, or to the end of the document or of the context."""
+    """Yields the continuation of `text` piece by piece: up to n tokens, or to the end of the document or of the context."""
     ids = prompt_ids(model, tokenizer, text)
     new = model.generate(torch.tensor([ids], device=model.embed.weight.device), n, temperature, top_k)
     new = itertools.takewhile(lambda i: i not in (tokenizer.bos, tokenizer.eos), (token.item() for token in new))

@@ -12,7 +12,8 @@ The same command resumes a run that was interrupted. Exit status: 0 done; 2 a mi
 import sys
 
 import config as settings
-from errors import OutOfMemory, RunFailed, UserError, exit_on_interrupt, is_out_of_memory, run_command
+from cli import exit_on_interrupt, run_command
+from errors import OutOfMemory, RunFailed, UserError, is_out_of_memory
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -60,11 +61,11 @@ def main(config: Config) -> int:
 def train(config: Config, world: distributed.World) -> int:
     """Trains, and returns the exit status: 0, or 3 if a signal stopped the run.
 
-    What cannot be trained is refused with a UserError before anything is written.
+    What cannot be trained is refused with a UserError, and leaves the run directory as it was.
     """
-    run = Run(config, world)
     with contextlib.ExitStack() as stack:
-        world.on_rank_0(lambda: stack.enter_context(rundir.locked(run.out)))
+        world.on_rank_0(lambda: stack.enter_context(rundir.locked(Path(config.out_dir))))
+        run = Run(config, world)
         if run.step >= config.max_steps:
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0
@@ -78,7 +79,7 @@ class Run:
     def __init__(self, config: Config, world: distributed.World):
         # Settings
         self.world = world
-        self.out = rundir.check(config.out_dir)
+        self.out = Path(config.out_dir)
         self.stop = distributed.StopSignal(world)
         loggers.check(config)
         split_batch(config, world)
@@ -102,7 +103,7 @@ class Run:
         path, state = resume.newest(config, self.fingerprint, world)
         distributed.check_memory(config, world.device)
         torch.manual_seed(config.seed)
-        dtype = distributed.pick_training_dtype(config, world, state)
+        dtype = distributed.pick_training_dtype(config, world.device, state)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
         self.config = config = dataclasses.replace(config, dtype=dtype, kernels=ops.__name__.removeprefix("kernels."))
         self.kernels = kernels.describe(ops, world.device)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Parser, from_dict
+from cli import Parser, run_command
+from config import from_dict
 from data.meta import BLOCK, SPLITS, TOKEN, load_meta, scan, write_meta
 from data.tokenizer import Ids, Tokenizer, load_tokenizer, tokenizer_to_meta
-from errors import RunFailed, UserError, run_command
+from errors import RunFailed, UserError
 
 HEADER = 1024  # bytes of the header of llm.c and modded-nanogpt: 256 int32, the first three MAGIC, 1 and the number of tokens
 MAGIC = 20240520

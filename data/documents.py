@@ -1,4 +1,4 @@
-"""Documents out of files and datasets: plain text, JSON lines, and whatever the library `datasets` reads.
+"""Reads documents from files and datasets: plain text, JSON lines, and whatever the library `datasets` reads.
 
 A damaged file raises UserError. A damaged record, or one without its text, becomes a document with text=None and the reason, so
 that it is counted and named. JSON lines are parsed here, since the loader of `datasets` stops at the first bad line and takes a
@@ -6,7 +6,6 @@ that it is counted and named. JSON lines are parsed here, since the loader of `d
 """
 
 import contextlib
-import functools
 import gzip
 import io
 import json
@@ -16,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from errors import UserError
+from errors import UserError, require
 
 LONG = 65536  # bytes; a longer file of plain text is cut into documents of about this length
 MAX_RECORD = 2**25  # bytes; a longer record is dropped, as its ids would fill the memory
@@ -73,20 +72,20 @@ def decoded(id: str, data: bytes) -> Document:
         return Document(id, None, "undecodable")
 
 
-def plain_text(path: str, download=False) -> Iterator[Document]:
+def plain_text(path: str) -> Iterator[Document]:
     """Yields a text file as one document, or cut at line ends into several of about LONG bytes.
 
     This way even a single file has parts to train on and parts to validate on.
     """
     data = b""
     start = 0  # of `data` in the text
-    with open_file(path, download) as file:
+    with open_file(path) as file:
         while len(data := data + file.read(LONG + 1 - len(data))) > LONG:
             end = _boundary(data[:LONG])
-            yield decoded(f"{_name(path)}:{start}", data[:end])
+            yield decoded(f"{file_name(path)}:{start}", data[:end])
             data = data[end:]
             start += end
-    yield decoded(f"{_name(path)}:{start}", data)
+    yield decoded(f"{file_name(path)}:{start}", data)
 
 
 def _boundary(data: bytes) -> int:
@@ -95,13 +94,13 @@ def _boundary(data: bytes) -> int:
     return data.rfind(b"\n") + 1 or (incomplete.start() if incomplete else len(data))
 
 
-def json_lines(path: str, field: str, download=False) -> Iterator[Document]:
+def json_lines(path: str, field: str) -> Iterator[Document]:
     """Yields a document for each line that is not blank: the text under the key `field`.
 
     Raises UserError if the file is damaged, or if none of its first records has the key.
     """
     found = False
-    with open_file(path, download) as file:
+    with open_file(path) as file:
         for number, line in enumerate(_lines(file), 1):
             if line.isspace():
                 continue
@@ -111,7 +110,7 @@ def json_lines(path: str, field: str, download=False) -> Iterator[Document]:
                 raise UserError(
                     f"{path}: none of its first {PROBED} records has the field {field!r}: {line[:80]}; pass --field=NAME"
                 )
-            yield Document(f"{_name(path)}:{number}", text, dropped)
+            yield Document(f"{file_name(path)}:{number}", text, dropped)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -138,8 +137,8 @@ def _parse(line: bytes, field: str) -> tuple[str | None, str]:
         return None, "not JSON"
 
 
-def rows(name: str, path: str, field: str, download: bool, options: dict, state) -> Iterator[tuple[Document, Any]]:
-    """Yields the rows of load_dataset(path, **options); a row's number counts from 1 within the dataset.
+def rows(name: str, path: str, field: str, options: dict, state) -> Iterator[tuple[Document, Any]]:
+    """Yields the rows of load_dataset(path, **options), streamed; a row's number counts from 1 within the dataset.
 
     state: of the dataset before a table of rows, the number of rows before it, and the number of rows of it to skip.
     """
@@ -148,12 +147,11 @@ def rows(name: str, path: str, field: str, download: bool, options: dict, state)
     with one_line_errors(name):
         import pyarrow
 
-        load = functools.partial(datasets.load_dataset, path, **options)
-        columns = load(streaming=True).column_names
+        columns = datasets.load_dataset(path, streaming=True, **options).column_names
         if columns and field not in columns:
             raise UserError(f"{name}: has no column {field!r}; it has: {', '.join(columns)}; pass --field=NAME")
         only = {"columns": [field]} if path == "parquet" else {}
-        dataset = load(**only).to_iterable_dataset() if download else load(streaming=True, **only)
+        dataset = datasets.load_dataset(path, streaming=True, **options, **only)
         dataset = dataset.select_columns([field]).with_format("arrow")
         if position:
             dataset.load_state_dict(position)
@@ -174,46 +172,40 @@ def rows(name: str, path: str, field: str, download: bool, options: dict, state)
             position = dataset.state_dict()
 
 
-def _name(path: str) -> str:
+def file_name(path: str) -> str:
+    """Returns a path, or a URL without its query."""
     return path.split("?")[0] if "://" in path else path
 
 
 @contextlib.contextmanager
-def open_file(path: str, download=False) -> Iterator[BinaryIO]:
+def open_file(path: str) -> Iterator[BinaryIO]:
     """Opens a file or URL, to be read decompressed if its name ends in .gz or .zst. Raises UserError if it is damaged."""
-    with one_line_errors(path), _open(path, download) as file:
-        if _name(path).endswith(".gz"):
+    with one_line_errors(path), _open(path) as file:
+        if file_name(path).endswith(".gz"):
             yield gzip.GzipFile(fileobj=file)
-        elif _name(path).endswith(".zst"):
-            yield io.BufferedReader(require("pyarrow", path).input_stream(file, compression="zstd"))
+        elif file_name(path).endswith(".zst"):
+            pyarrow = require("pyarrow", f"{path}: reading it", "data")
+            yield io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
         else:
             yield file
 
 
-def _open(path: str, download: bool) -> BinaryIO:
+def _open(path: str) -> BinaryIO:
     if "://" not in path:
         return open(path, "rb")
-    datasets = _datasets(path)
+    _datasets(path)
     from datasets.utils.file_utils import xopen  # open() for URLs, which retries
 
-    return open(datasets.DownloadManager().download(path), "rb") if download else io.BufferedReader(xopen(path, "rb"))
+    return io.BufferedReader(xopen(path, "rb"))
 
 
 def _datasets(name: str):
     """Returns the package `datasets`, silenced: what goes wrong is said in one line."""
-    datasets = require("datasets", name)
+    datasets = require("datasets", f"{name}: reading it", "data")
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     return datasets
-
-
-def require(package: str, name: str):
-    """Imports a package of the extra [data]. Raises UserError, naming what needs it, if it is not installed."""
-    try:
-        return __import__(package)
-    except ModuleNotFoundError:
-        raise UserError(f"{name}: reading it needs {package}: pip install '.[data]'") from None
 
 
 @contextlib.contextmanager

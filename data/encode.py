@@ -55,11 +55,13 @@ class Encoded(NamedTuple):
     counts: "docs", "bytes" (of text) and "copied" (tokens that --repeat inserted) by split; "dropped" and "altered" (documents)
         by reason
     first: the id of the first dropped document, by reason
+    places: the lowest and the highest split_hash() of the documents
     """
 
     ids: dict[str, np.ndarray]
     counts: dict[str, Counter]
     first: dict[str, str]
+    places: tuple[float, float]
 
 
 def batches(parts: list[Part], start: tuple[int, Any], is_full: Callable[[str], bool]) -> Iterator[Batch]:
@@ -91,6 +93,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document], settings: Settings) 
     pieces = {split: [bos[:0]] for split in SPLITS}
     counts = defaultdict(Counter)
     first = {}
+    lowest, highest = 1.0, 0.0
     for document in documents:
         text = document.text
         if not text:
@@ -100,6 +103,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document], settings: Settings) 
             continue
         data = text.encode()
         place = split_hash(data, settings.seed)
+        lowest, highest = min(place, lowest), max(place, highest)
         split = "val" if place < settings.val_fraction else "train"
         ids = np.asarray(tokenizer.encode(text), TOKEN)
         if change := tokenizer.altered(text, ids):
@@ -111,7 +115,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document], settings: Settings) 
         pieces[split] += bos, ids
         counts["docs"][split] += 1
         counts["bytes"][split] += len(data)
-    return Encoded({split: np.concatenate(pieces[split]) for split in SPLITS}, counts, first)
+    return Encoded({split: np.concatenate(pieces[split]) for split in SPLITS}, counts, first, (lowest, highest))
 
 
 def split_hash(text: bytes, seed: int) -> float:

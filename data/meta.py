@@ -35,32 +35,24 @@ def write_meta(folder: Path, vocab_size: int, splits: dict, counts, details: dic
 
 
 def load_meta(folder) -> dict | None:
-    """Returns the folder's meta.json, or None if there is none. Raises UserError if data.prepare did not write it so.
+    """Returns the folder's meta.json, or None if there is none. Raises UserError if it is damaged.
 
     Datasets that were prepared before ids were counted have no `counts`.
     """
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
-        sound = _is_sound(meta)
+        sizes = [meta["splits"][split][name] for split in SPLITS for name in ("tokens", "docs", "bytes")]
+        assert meta["format"] == FORMAT and type(meta["tokenizer"]) is dict
+        assert all(type(size) is int for size in [meta["vocab_size"], *sizes])
+        assert meta["fingerprint"] == fingerprint(meta["splits"])
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path}: damaged, or not of format {FORMAT} of data.prepare; remove the folder and prepare it again")
+    except (AssertionError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: damaged, or not of format {FORMAT} of data.prepare; remove the folder and prepare it again"
+        ) from None
     return meta
-
-
-def _is_sound(meta) -> bool:
-    """Returns whether the entries that others rely on fit together; raises one of several exceptions if one is missing."""
-    sizes = [meta["splits"][split][name] for split in SPLITS for name in ("tokens", "docs", "bytes")]
-    return (
-        meta["format"] == FORMAT
-        and all(type(size) is int for size in [meta["vocab_size"], *sizes])
-        and type(meta["tokenizer"]) is dict
-        and meta["fingerprint"] == fingerprint(meta["splits"])
-    )
 
 
 def fingerprint(splits: dict) -> str:

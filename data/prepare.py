@@ -1,4 +1,4 @@
-"""Text in, bins out.
+"""Prepares a dataset: turns text into bins of token ids.
 
     python -m data.prepare python-stdlib --tokenizer=bpe --vocab_size=2048
     python -m data.prepare text notes/ book.txt crawl.jsonl.zst --tokenizer=llama.model --out=data/mine
@@ -21,7 +21,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import ROOT, Parser
+from cli import Parser, run_command, whole
+from config import ROOT
 from data.bins import import_bins
 from data.documents import Part
 from data.encode import Settings
@@ -30,12 +31,12 @@ from data.sources import HELP, SOURCES
 from data.tokenizer import get_tokenizer, tokenizer_to_meta, train_bpe
 from data.tokenizer_kinds import Chars, SentencePiece, Tokenizer
 from data.writer import Writer, report, write_documents
-from errors import UserError, run_command
+from errors import UserError
 from files import atomic_write
 
 BPE_CHARS = 10**9  # of text that the sample for training a tokenizer is drawn from, at most
 # The options of sources without a tokenizer of their own, and those of all sources, with their defaults.
-TEXT = {"tokenizer": "bytes", "vocab_size": 2048, "repeat": 0.0}
+TEXT = {"tokenizer": "bytes", "vocab_size": 0, "repeat": 0.0}
 COMMON = {"val_fraction": 0.01, "seed": 0}
 
 
@@ -107,21 +108,9 @@ def add_option(command: argparse.ArgumentParser, name: str, default):
     """Adds an option of the type of its default; without a default, it is a list of positional arguments."""
     if default is inspect.Parameter.empty:
         command.add_argument(name, nargs="+", metavar=name.upper().removesuffix("S"), help=HELP[name])
-    elif default is False:
-        command.add_argument(f"--{name}", action="store_true", help=HELP[name])
-    elif default == ():
-        command.add_argument(f"--{name}", action="append", default=[], metavar="SOURCE=WEIGHT", help=HELP[name])
     else:
         kind = whole if type(default) is int else type(default)
         command.add_argument(f"--{name}", type=kind, default=default, metavar=type(default).__name__.upper(), help=HELP[name])
-
-
-def whole(text: str) -> int:
-    """Parses a whole number of 0 or more: 40e9 as well as 40000000000."""
-    number = int(float(text))
-    if number < 0:
-        raise ValueError
-    return number
 
 
 def cores() -> int:
@@ -142,8 +131,8 @@ def check(args: dict, out: Path, processes: int):
     tokenizer = args.get("tokenizer")
     size = args.pop("vocab_size", None)
     if tokenizer == "bpe":
-        args["vocab_size"] = size
-    elif size not in (None, TEXT["vocab_size"]):
+        args["vocab_size"] = size or 2048
+    elif size:
         raise UserError(f"--vocab_size={size}: {tokenizer} has its own; add --tokenizer=bpe, or leave it out")
     if tokenizer and Path(tokenizer).suffix:
         args["tokenizer"] = str(Path(tokenizer).resolve())

@@ -7,14 +7,13 @@ import functools
 import hashlib
 import math
 import os
-import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from data.documents import ROWS, Document, Part, decoded, json_lines, numbered, one_line_errors, open_file, plain_text, rows
+from data.documents import ROWS, Document, Part, decoded, file_name, json_lines, numbered, open_file, plain_text, rows
 from data.tokenizer import CHOICES
 from data.tokenizer_kinds import Chars
 from errors import UserError
@@ -30,17 +29,15 @@ RED_PAJAMA_SAMPLES = (
     "wikipedia",
 )  # fmt: skip
 # The sources of RedPajama v1 and how many billion tokens each has, from its card; book, of 26, has been withdrawn.
-SHARES = {"common_crawl": 878, "c4": 175, "github": 59, "arxiv": 28, "wikipedia": 24, "stackexchange": 20, "book": 0}
+SHARES = {"common_crawl": 878, "c4": 175, "github": 59, "arxiv": 28, "wikipedia": 24, "stackexchange": 20}
 HELP = {  # of all options of data.prepare
     "paths": "files, folders or URLs; for hf also one dataset of the hub, such as HuggingFaceFW/fineweb-edu",
     "field": "key or column that holds the text",
     "tokens": "stop after about so many tokens, such as 40e9; 0: read everything",
-    "download": "download the files before reading them, instead of streaming",
     "name": "configuration of the dataset, such as sample-10BT",
     "split": "split of the dataset",
     "revision": "revision of the dataset: with one, it stays the same for ever",
     "urls": "file or URL that lists the URLs of its files, one a line",
-    "share": "weight of one of its sources",
     "alphabet": "number of different characters",
     "length": "tokens in a row with its bos: the seq_len to train with",
     "rows": "number of rows, each of which is a document",
@@ -48,7 +45,7 @@ HELP = {  # of all options of data.prepare
     "span_max": "longest segment, in characters",
     "tiled": "share of rows that are one segment, repeated",
     "tokenizer": CHOICES,
-    "vocab_size": "number of ids of the bpe tokenizer",
+    "vocab_size": "number of ids of the bpe tokenizer; 0: 2048",
     "repeat": "share of the training tokens to insert as copies of passages shortly before them",
     "val_fraction": "share of documents held out",
     "seed": "of the choice of val, of repeats' rows and of --repeat's copies",
@@ -141,58 +138,49 @@ def repeat_row(rng, n, alphabet, span_min, span_max, tiled):
 
 
 @source
-def hf(paths, name="", split="train", revision="", field="text", tokens=0, download=False):
+def hf(paths, name="", split="train", revision="", field="text", tokens=0):
     """A dataset of the Hugging Face hub, or files and URLs that `datasets` reads."""
     if len(paths) == 1 and not (_kind(paths[0]) or "://" in paths[0] or Path(paths[0]).is_file()):
         options = {"name": name or None, "split": split, "revision": revision or None}
-        return [Part(paths[0], functools.partial(rows, paths[0], paths[0], field, download, options), quota=tokens)]
+        return [Part(paths[0], functools.partial(rows, paths[0], paths[0], field, options), quota=tokens)]
     if name or revision:
         raise UserError(f"{'--name' if name else '--revision'}: {paths[0]} is a file, and only datasets of the hub have one")
-    return [file_part(path, _kind(path), field, download, "", tokens) for path in paths]
+    return [file_part(path, _kind(path), field, "", tokens) for path in paths]
 
 
 @source
-def fineweb_edu(field="text", tokens=0, download=False):
+def fineweb_edu(field="text", tokens=0):
     """FineWeb-Edu's sample of 10 billion tokens: 28.5 GB."""
-    return hf(["HuggingFaceFW/fineweb-edu"], "sample-10BT", field=field, tokens=tokens, download=download)
+    return hf(["HuggingFaceFW/fineweb-edu"], "sample-10BT", field=field, tokens=tokens)
 
 
 @source
-def redpajama_sample(field="text", tokens=0, download=False):
+def redpajama_sample(field="text", tokens=0):
     """RedPajama's sample of a billion tokens: 11 files, 5.4 GB."""
     folder = "hf://datasets/togethercomputer/RedPajama-Data-1T-Sample"
     paths = [f"{folder}/{name}_sample.jsonl" for name in RED_PAJAMA_SAMPLES]
-    return hf(paths, field=field, tokens=tokens, download=download)
+    return hf(paths, field=field, tokens=tokens)
 
 
 @source
-def redpajama(urls=RED_PAJAMA_URLS, share=(), field="text", tokens=0, download=False):
+def redpajama(urls=RED_PAJAMA_URLS, field="text", tokens=0):
     """RedPajama v1, each of its sources by its share of --tokens, its files in the order of a hash of their URLs."""
     if not tokens:
         raise UserError("--tokens=0: all of RedPajama is 2.7 TB; pass the number of tokens wanted, such as --tokens=40e9")
-    weights = dict(SHARES)
-    for change in share:
-        name, _, weight = change.partition("=")
-        if name not in SHARES or not re.fullmatch(r"\d+(\.\d*)?", weight):
-            raise UserError(f"--share={change}: expected SOURCE=WEIGHT, where SOURCE is one of {', '.join(SHARES)}")
-        weights[name] = float(weight)
-    total = sum(weights.values())
-    if not total:
-        raise UserError("--share: every source has weight 0")
-    with one_line_errors(urls), open_file(urls) as file:
+    with open_file(urls) as file:
         listed = file.read().decode(errors="replace").split()
     parts = []
-    for name in filter(weights.get, weights):
-        quota = math.ceil(tokens * weights[name] / total)
+    for name, share in SHARES.items():
+        quota = math.ceil(tokens * share / sum(SHARES.values()))
         found = [url for url in listed if f"/{name}/" in url]
         if not found:
-            raise UserError(f"no file of {name!r} among {len(listed)} URLs; pass --share={name}=0")
+            raise UserError(f"--urls={urls}: no file of {name!r} among {len(listed)} URLs")
         found.sort(key=lambda url: hashlib.blake2b(url.encode()).digest())
-        parts += [file_part(url, _kind(url), field, download, name, quota) for url in found]
+        parts += [file_part(url, _kind(url), field, name, quota) for url in found]
     return parts
 
 
-def file_part(path: str, kind: str | None, field: str, download=False, group="", quota=0) -> Part:
+def file_part(path: str, kind: str | None, field: str, group="", quota=0) -> Part:
     """Returns the part of one file or URL that is read as KINDS says."""
     if kind is None:
         raise UserError(f"{path}: expected one dataset of the hub, or names that end in {', '.join(KINDS)}")
@@ -200,16 +188,15 @@ def file_part(path: str, kind: str | None, field: str, download=False, group="",
         raise UserError(f"{path}: no such file")
     size = None if "://" in path else Path(path).stat().st_size
     if kind == "text":
-        read = numbered(functools.partial(plain_text, path, download))
+        read = numbered(functools.partial(plain_text, path))
     elif kind == "lines":
-        read = numbered(functools.partial(json_lines, path, field, download))
+        read = numbered(functools.partial(json_lines, path, field))
     else:
         options = {"data_files": [path], "split": "train"} | ({"batch_size": ROWS} if kind == "parquet" else {})
-        read = functools.partial(rows, path, kind, field, download, options)
+        read = functools.partial(rows, path, kind, field, options)
         size = None
     return Part(path, read, size, group, quota)
 
 
 def _kind(path: str) -> str | None:
-    name = path.split("?")[0] if "://" in path else path
-    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+    return next((kind for suffix, kind in KINDS.items() if file_name(path).endswith(suffix)), None)

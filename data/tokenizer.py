@@ -1,4 +1,4 @@
-"""Which tokenizer a name, a prepared folder or a checkpoint means; and the training of a BPE tokenizer.
+"""Finds the tokenizer of a name, a prepared folder or a checkpoint, and trains BPE tokenizers.
 
 A prepared folder names its tokenizer in meta.json. A checkpoint carries all of it in plain values (`Tokenizer.state`,
 `tokenizer_from_state`), so that it turns text into ids with no other file.
@@ -17,7 +17,7 @@ import numpy as np
 from data.meta import MAX_VOCAB, load_meta
 from data.tokenizer_json import TokenizerJson
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken, Tokenizer
-from errors import UserError
+from errors import UserError, about
 
 KINDS = {kind.kind: kind for kind in (Bytes, Chars, SentencePiece, Tiktoken, TokenizerJson, Ids)}
 FILES = {".model": SentencePiece, ".tiktoken": Tiktoken, ".json": TokenizerJson}
@@ -34,7 +34,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     Raises UserError if there is no such tokenizer, its ids do not fit uint16, or it has no bos.
     """
     path = Path(name)
-    try:
+    with about(f"--tokenizer={name}"):
         if name == "bytes":
             tokenizer = Bytes()
         elif name in ENCODINGS:
@@ -50,8 +50,6 @@ def get_tokenizer(name: str) -> Tokenizer:
             raise UserError(f"a vocabulary of {tokenizer.size:,} ids does not fit uint16, which holds {MAX_VOCAB:,}")
         if tokenizer.bos is None:
             raise UserError("it has no bos, the id that begins a document here; name a model that was trained with one")
-    except UserError as e:
-        raise UserError(f"--tokenizer={name}: {e}") from None
     return tokenizer
 
 

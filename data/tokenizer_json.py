@@ -3,7 +3,7 @@
 import json
 
 from data.tokenizer_kinds import Tokenizer
-from errors import UserError
+from errors import UserError, require
 
 
 class TokenizerJson(Tokenizer):
@@ -21,12 +21,9 @@ class TokenizerJson(Tokenizer):
         self.bos = bos
         self.eos = eos
         self.vocab_size = vocab_size
+        library = require("tokenizers", "a tokenizer.json", "hf")
         try:
-            import tokenizers
-
-            self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
-        except ModuleNotFoundError:
-            raise UserError("reading a tokenizer.json needs tokenizers: pip install '.[hf]'") from None
+            self.tokenizer = library.Tokenizer.from_buffer(model)
         except Exception as e:  # tokenizers raises no narrower class
             raise UserError(f"not a tokenizer.json that the installed tokenizers reads ({str(e).splitlines()[0]})") from None
         self.tokenizer.no_truncation()

@@ -143,7 +143,7 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def _dummies(self) -> int | None:
-        """How many ids the model puts before text that begins with a line end; None if text may not be cut there.
+        """The number of ids that the model puts before text that begins with a line end; None if text may not be cut there.
 
         Encoding between line ends gives the ids of the whole text if no piece crosses a line end, and if a piece's score is
         its rank among the merges of BPE, so that merging depends on nearby text alone.
@@ -191,11 +191,11 @@ class Tiktoken(Tokenizer):
         import tiktoken
 
         self.model = model
-        ranks, self.bos = _ranks(model)
-        self.size = len(ranks) + 1
+        self.ranks, self.bos = _ranks(model)
+        self.size = len(self.ranks) + 1
         self.special = frozenset({self.bos})
         # Without its special tokens, which it would otherwise look for in text.
-        self.encoding = tiktoken.Encoding("ranks", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding("ranks", pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={})
         self._id_of = self.encoding.encode_single_token
 
     def encode(self, text):

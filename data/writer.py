@@ -1,4 +1,4 @@
-"""Writes a dataset completely or not at all, and resumes one that was interrupted.
+"""Writes a dataset completely or not at all, and resumes an interrupted one.
 
 An unfinished dataset lies in the folder `.partial` inside its own: the bins so far, and journal.json, which states how much of
 them counts and where reading resumes.
@@ -146,10 +146,11 @@ def _read(path) -> Iterator[np.ndarray]:
 def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, settings: Settings, processes: int) -> dict:
     """Encodes all documents of the parts, or of each group until it has its quota of tokens, into the writer's bins.
 
-    Returns the state at the end, which is also what is saved every SAVE_SECONDS: "position", as in Batch.end; "counts" and
-    "first", as in Encoded, and in the counts the "tokens" of each group.
+    Returns the state at the end, which is also what is saved every SAVE_SECONDS: "position", as in Batch.end; "counts",
+    "first" and "places", as in Encoded, and in the counts the "tokens" of each group.
     """
-    state = writer.state or {"position": (0, None), "counts": {"dropped": {"empty": 0, "undecodable": 0}}, "first": {}}
+    state = {"position": (0, None), "counts": {"dropped": {"empty": 0, "undecodable": 0}}, "first": {}, "places": (1.0, 0.0)}
+    state |= writer.state or {}
     state["counts"] = counts = defaultdict(Counter, {name: Counter(counter) for name, counter in state["counts"].items()})
     quotas = {part.group: part.quota for part in parts}
     counted = "tokens" if any(quotas.values()) else "bytes"  # by the progress bar
@@ -170,6 +171,8 @@ def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, set
                 for name, counter in encoded.counts.items():
                     counts[name].update(counter)
                 state["first"] = encoded.first | state["first"]
+                lowest, highest = zip(state["places"], encoded.places, strict=True)
+                state["places"] = (min(lowest), max(highest))
             bar.update(sum(counts[counted].values()) - bar.n)
             if time.monotonic() - saved >= SAVE_SECONDS:
                 writer.save(state)
@@ -207,4 +210,14 @@ def report(writer: Writer, state: dict, parts: list[Part]):
         )
     for split in SPLITS:
         if not counts["docs"][split]:
-            raise UserError(f"{split}.bin would be empty: none of {total} documents fell to it; pass another --val_fraction")
+            remedy = another_fraction(split, *state["places"])
+            raise UserError(f"{split}.bin would be empty: none of {total} documents fell to it; {remedy}")
+
+
+def another_fraction(split: str, lowest: float, highest: float) -> str:
+    """Returns advice for an empty split: a short --val_fraction that gives it few documents, whose places are within these."""
+    if lowest == highest:
+        return "all of them have the same text; name other files"
+    exact = lowest + (highest - lowest) * (0.01 if split == "val" else 0.99)
+    rounded = (round(exact, digits) for digits in range(1, 20))
+    return f"pass --val_fraction={next(fraction for fraction in rounded if lowest < fraction < highest)}"

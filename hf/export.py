@@ -10,9 +10,10 @@ The weights are fp32. The logits differ from those of model.py by rounding alone
 import sys
 from pathlib import Path
 
-from config import Parser, from_checkpoint
+from cli import Parser, run_command
+from config import from_checkpoint
 from data.tokenizer import tokenizer_from_state
-from errors import UserError, run_command
+from errors import UserError, about
 from hf import folder as hf_folder
 from runtime import checkpoint
 
@@ -22,10 +23,8 @@ def export(path, folder) -> str:
     if hf_folder.is_folder(Path(path)):
         raise UserError(f"{path}: already a Hugging Face folder; hf.export takes a checkpoint or a run directory")
     state = checkpoint.load(path)
-    try:
+    with about(path):
         from_checkpoint(state["config"])
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
     tokenizer = tokenizer_from_state(state["tokenizer"])
     has_tokenizer_json = hf_folder.write(folder, state, tokenizer)
     size = sum(p.stat().st_size for p in Path(folder).iterdir())

@@ -16,7 +16,7 @@ import torch
 
 from config import ModelConfig, from_checkpoint, from_dict
 from data.tokenizer_json import TokenizerJson
-from errors import UserError
+from errors import UserError, about, require
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
 
@@ -64,10 +64,8 @@ def read(folder) -> dict:
     """
     folder = Path(folder)
     values = _json(folder / "config.json")
-    try:
+    with about(folder / "config.json"):
         config = from_dict(_fields(values), ModelConfig)
-    except UserError as e:
-        raise UserError(f"{folder / 'config.json'}: {e}") from None
     tokenizer = _tokenizer(folder, values, config)
     return {"model": _tensors(folder, config), "config": dataclasses.asdict(config), "step": 0, "tokenizer": tokenizer}
 
@@ -87,7 +85,8 @@ def write(folder, state: dict, tokenizer) -> bool:
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True)
-        _safetensors().torch.save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        safetensors = require("safetensors.torch", "a Hugging Face folder", "hf")
+        safetensors.save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
         for name, text in (tokenizer_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
@@ -191,10 +190,8 @@ def _config_json(c: ModelConfig, tokenizer) -> dict:
 
 def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
     """Returns the tokenizer's state: the exported checkpoint's, else that of tokenizer.model or tokenizer.json, else ids."""
-    try:
+    with about(folder / "config.json"):
         theirs = {"kind": "tokenizers"} | TokenizerJson.named_in(values)
-    except UserError as e:
-        raise UserError(f"{folder / 'config.json'}: {e}") from None
     ours = values.get(OUR_TOKENIZER)
     for state in [{"kind": "sentencepiece"}, theirs] if ours is None else [ours]:
         if not isinstance(state, dict) or not isinstance(state.get("kind"), str):
@@ -212,7 +209,7 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
 
     The tensors of a file are mapped, not read; only those that are part of a larger one here are copied.
     """
-    safetensors = _safetensors()
+    safetensors = require("safetensors", "a Hugging Face folder", "hf")
     wanted = tensor_names(config)
     shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
     with contextlib.ExitStack() as stack:
@@ -255,13 +252,3 @@ def _shards(folder: Path) -> list[Path]:
     if not files or any(Path(file).name != file for file in files):
         raise UserError(f"{folder / INDEX}: its weight_map does not name files of this folder")
     return [folder / file for file in sorted(files)]
-
-
-def _safetensors():
-    """Imports the package, which only Hugging Face folders need."""
-    try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise UserError("safetensors is not installed, and Hugging Face folders need it: pip install safetensors") from None
-    return safetensors

@@ -1,1 +1,1 @@
-"""What is measured of a model: how well it copies, what its heads attend to, and what it makes of its context."""
+"""Measures of a model: how well it copies, where its heads attend, and how it uses its context."""

@@ -23,7 +23,7 @@ class Vocabulary(NamedTuple):
     shares: np.ndarray | None = None
 
     def untrained(self, ids) -> tuple[int, int] | None:
-        """How many of `ids` never occur in the training data, and how many are RARE there; None where it is unknown."""
+        """Returns how many of `ids` never occur in the training data, and how many are RARE there; None where it is unknown."""
         if self.shares is None:
             return None
         return tuple(int(np.isin(self.ids[few], ids).sum()) for few in (self.shares == 0, self.shares < RARE))
@@ -33,31 +33,28 @@ def default_alphabets(vocabulary: Vocabulary) -> list[str]:
     return ["full", "hex16"] + ["top128"] * (len(vocabulary.ids) >= 256 and vocabulary.shares is not None)
 
 
-def alphabet(vocabulary: Vocabulary, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the ids of an alphabet and their probabilities, None for uniform ones. Raises UserError.
+def alphabet(vocabulary: Vocabulary, name: str) -> np.ndarray:
+    """Returns the ids of an alphabet. Raises UserError.
 
     full     all ids but special ones
     hex16    the characters 0-9a-f (the paper's Figure 1), or 16 random ids where the vocabulary lacks them
     N        N random ids, always the same
     topN     the N most frequent ids of the training data
-    freq     ids drawn by their frequency in the training data
     seen     ids that are not RARE in the training data
     """
     ids, hex_ids, shares = vocabulary
     if name == "full":
-        return ids, None
+        return ids
     if name == "hex16" and hex_ids:
-        return np.array(hex_ids), None
+        return np.array(hex_ids)
     number = name.removeprefix("top")
     n = 16 if name == "hex16" else int(number) if number.isdecimal() else 0
-    if name not in ("freq", "seen") and not 2 <= n <= len(ids):
-        known = "full, hex16, text, freq, seen, N or topN"
+    if name != "seen" and not 2 <= n <= len(ids):
+        known = "full, hex16, text, seen, N or topN"
         raise UserError(f"alphabet={name}: expected {known}, with N from 2 to the {len(ids)} ids that are not special")
     if n and not name.startswith("top"):
-        return np.random.default_rng(n).permutation(ids)[:n], None
+        return np.random.default_rng(n).permutation(ids)[:n]
     if shares is None:
         missing = "how often each id occurs in the training data is not known for this model"
         raise UserError(f"alphabet={name}: {missing}; use full, hex16 or a number of random ids")
-    if name == "freq":
-        return ids[shares > 0], shares[shares > 0] / shares.sum()
-    return ids[shares >= RARE] if name == "seen" else ids[np.argsort(-shares, kind="stable")[:n]], None
+    return ids[shares >= RARE] if name == "seen" else ids[np.argsort(-shares, kind="stable")[:n]]

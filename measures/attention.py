@@ -20,8 +20,8 @@ MOST_CELLS = 2**24  # attention probabilities in a page, a byte each
 
 @torch.no_grad()
 def stripes(model: Llama, ids, bos: int | None, scores: dict[str, np.ndarray], seed: int = 0) -> dict:
-    """The attention of the best induction head, and of the best previous-token head in a layer before it (in any layer where
-    that is the first), on s random tokens that occur twice.
+    """Returns the attention of the best induction head, and of the best previous-token head in a layer before it (in any layer
+    if that is the first), on s random tokens that occur twice.
 
     scores: as heads.attention_scores returns them. Returns {"s": s, "lead": 1 if bos is the first token, else 0, "heads":
     {score: (layer, head, value, probabilities (T, T))}}.
@@ -41,7 +41,7 @@ def stripes(model: Llama, ids, bos: int | None, scores: dict[str, np.ndarray], s
 
 @torch.no_grad()
 def page(model: Llama, ids: list[int], words: list[str], scores: dict[str, np.ndarray], title: str) -> str:
-    """An HTML page of every head's attention on the token ids (T,), whose texts are `words`.
+    """Returns an HTML page of every head's attention on the token ids (T,), whose texts are `words`.
 
     scores: as heads.attention_scores returns them. A probability p is stored as the byte round(255 sqrt(p)), within 0.004 of
     it. Raises UserError where the page would grow beyond MOST_CELLS.

@@ -1,4 +1,4 @@
-"""How much of a model's work an evaluation asks for, how much of it is in memory at once, and how far it is."""
+"""Batches, cost and progress of evaluations."""
 
 import contextlib
 import sys
@@ -16,12 +16,12 @@ FLOPS = 1e12  # that a measure spends on a CPU, and a hundredth of what it spend
 
 
 def wide(logits):
-    """Logits in fp32 or wider: the softmax of bf16 logits has two digits."""
+    """Returns logits in fp32 or wider: the softmax of bf16 logits has two digits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def affordable(model: Llama, tokens: int, most: int, least: int = 4, share: float = 1.0) -> int:
-    """How many samples of `tokens` tokens cost `share` * FLOPS, at 2 FLOPs a parameter and token; from `least` to `most`.
+    """Returns how many samples of `tokens` tokens cost `share` * FLOPS at 2 FLOPs a parameter and token, from least to most.
 
     It depends on the model and the kind of its device alone, so that the same command asks the same questions.
     """

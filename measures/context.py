@@ -1,4 +1,4 @@
-"""What a model makes of its context: losses on random tokens that occur twice, losses by position, and recall.
+"""How a model uses its context: losses on random tokens that occur twice, losses by position, and recall.
 
 Losses are in nats per token. The model is left in eval mode.
 """
@@ -25,14 +25,11 @@ def token_losses(model: Llama, windows: np.ndarray) -> np.ndarray:
 
 
 def induction_loss(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, float]:
-    """Mean loss on s random tokens that occur twice: in the second copy, and on the same tokens in the first.
+    """Returns the mean loss on s random tokens that occur twice: in the second copy, and on the same tokens in the first.
 
-    As TransformerLens defines it (evals.induction_loss, with 4 samples): s = 384, or what fits the context, and bos, where
-    there is one, takes the place of the first token of the first copy. So two tokens of the second copy cannot be known from
-    the first: its first one, and the next, which follows the token that bos overwrote. `second` is the mean over the s-2
-    others, tokens s+2 .. 2s-1 of the 2s (from 0), which is [:, s+1:] of token_losses; `first` that over tokens 2 .. s-1,
-    [:, 1:s-1], which are the same ids.
-
+    As TransformerLens defines it (evals.induction_loss): s = 384, or what fits the context, and bos, where there is one, takes
+    the place of the first token of the first copy. The first token of the second copy, and the next, which follows the token
+    that bos overwrote, cannot be known from the first copy; both means are over the s - 2 others.
     Raises UserError where three tokens twice do not fit the context.
     """
     s = min(INDUCTION_LENGTH, model.config.seq_len // 2)
@@ -45,38 +42,24 @@ def induction_loss(model: Llama, ids, bos: int | None, samples: int = 32, seed: 
     return {"first": float(losses[:, 1 : s - 1].mean()), "second": float(losses[:, s + 1 :].mean())}
 
 
-def position_losses(model: Llama, windows: np.ndarray) -> np.ndarray:
-    """Mean loss by context position (Olsson et al. 2022) over windows (B, T+1) of a bin -> (T,) float64.
-
-    [t] is the mean loss of the predictions that are made with t+1 tokens in view.
-    """
-    return token_losses(model, windows).mean(0)
-
-
-def icl_score(losses: np.ndarray, early: int = 50, late: int = 500) -> float | None:
-    """In-context learning score (Olsson et al. 2022): the loss at the `late`-th position of the context, counted from 1, minus
-    that at the `early`-th, from position_losses (T,). Below 0 where the model uses the context between; None where T < late.
-    """
-    return float(losses[late - 1] - losses[early - 1]) if len(losses) >= late else None
-
-
 def position_scores(model: Llama, windows: np.ndarray) -> dict:
-    """{"icl_50_500", "icl_50_1000", "loss": list of position_losses} on windows (B, T+1), with a progress bar."""
+    """Returns losses by context position on windows (B, T+1) of a bin (Olsson et al. 2022), and shows a progress bar.
+
+    loss: a list (T,) whose [t] is the mean loss of the predictions made with t + 1 tokens in view
+    icl_50_500, icl_50_1000: the in-context learning score, the loss at position 500 (1000) of the context, counted from 1,
+    minus that at 50: below 0 where the model uses the context between. None where the context is shorter.
+    """
     with progress(model, windows[:, 1:].size, "held-out text"):
-        losses = position_losses(model, windows)
-    return {f"icl_50_{late}": icl_score(losses, 50, late) for late in (500, 1000)} | {"loss": losses.tolist()}
+        loss = token_losses(model, windows).mean(0).tolist()
+    return {f"icl_50_{late}": loss[late - 1] - loss[49] if len(loss) >= late else None for late in (500, 1000)} | {"loss": loss}
 
 
 def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, seed: int = 0) -> dict[str, float]:
-    """Aoyama et al. 2025: s distinct tokens occur twice, and at each token of the second copy the next one is asked for.
+    """Measures recall as Aoyama et al. 2025: s distinct tokens occur twice, and each of the second copy must recall the next.
 
-    Tokens r_0 .. r_(s-1) twice, s = 50 or what fits the context (or len(ids) where that is less). At position s+j the right
-    token is r_(j+1), and r_0 at the last, which followed r_(s-1) too: s questions a sample. accuracy: share of questions where
-    the right token is the likeliest; rank: mean number of ids of the vocabulary that are likelier. Ids with equal logits share
-    their places, so that a model that knows nothing has accuracy 1/V and rank (V-1)/2; theirs counts the right one as the
-    first of them. Theirs begins with r_0, without bos.
-
-    Raises UserError where two tokens twice do not fit the context.
+    s = 50, or what fits the context and `ids`; after the last token the first is asked for. accuracy: share of questions where
+    the right token is the likeliest; rank: mean number of ids that are likelier. Ids with equal logits share their places, so
+    that a model that knows nothing has accuracy 1/V and rank (V-1)/2. Raises UserError where two tokens twice do not fit.
     """
     ids, lead = np.asarray(ids, dtype=np.int64), int(bos is not None)
     s = min(fitting(model, RECALL_LENGTH, bos), len(ids))
@@ -94,11 +77,11 @@ def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, s
 
 
 def key_values(model: Llama, ids, bos: int | None, pairs: int = PAIRS, samples: int = 100, seed: int = 0) -> float:
-    """Multi-query associative recall (Arora et al. 2023): pairs of a key and a value, then the same pairs in another order.
-    Returns the share of keys of the second round after which the right value is the likeliest token.
+    """Measures multi-query associative recall (Arora et al. 2023): pairs of a key and a value, then the same pairs in another
+    order. Returns the share of keys of the second round after which the right value is the likeliest token.
 
-    All tokens of a sample are distinct. Copying continues with what came next; here each pair must be found anew. Fewer pairs
-    where the context or `ids` hold less; UserError where they do not hold two.
+    All tokens of a sample are distinct. There are fewer pairs where the context or `ids` hold less; raises UserError where they
+    do not hold two.
     """
     ids, lead = np.asarray(ids, dtype=np.int64), int(bos is not None)
     n = min(pairs, fitting(model, 2 * pairs, bos) // 2, len(ids) // 2)

@@ -22,50 +22,43 @@ LENGTH = PREFIX + SUFFIX
 
 class CopyTest(NamedTuple):
     """sequences (samples, n, 18) of token ids; asked: which of the n the model is asked for, counted from 0; bos: the first id
-    of the context, or None; separator: an id after each sequence, or None; alphabet: the ids that the tokens are drawn from.
+    of the context, or None; alphabet: the ids that the tokens are drawn from.
     """
 
     sequences: np.ndarray
     asked: list[int]
     bos: int | None
-    separator: int | None = None
     alphabet: np.ndarray | None = None
 
     def context(self) -> np.ndarray:
-        """All sequences, without bos: (samples, n * 18), or (samples, n * 19) with a separator after each."""
-        rows = self.sequences
-        if self.separator is not None:
-            rows = np.pad(rows, ((0, 0), (0, 0), (0, 1)), constant_values=self.separator)
-        return rows.reshape(len(rows), -1)
+        """Returns all sequences, without bos: (samples, n * 18)."""
+        return self.sequences.reshape(len(self.sequences), -1)
 
     def cost(self) -> int:
-        """How many tokens the model reads."""
+        """Returns how many tokens the model reads."""
         return self.context().size + len(self.sequences) * len(self.asked) * (LENGTH - 1)
 
     def suffixes(self) -> np.ndarray:
-        """The right answers: (asked, samples, 6)."""
+        """Returns the right answers: (asked, samples, 6)."""
         return self.sequences[:, self.asked, PREFIX:].swapaxes(0, 1)
 
     def hash(self) -> str:
         """Identifies the questions: two models whose tests have the same hash were asked the same."""
-        what = f"{self.sequences.shape} {self.asked} {self.bos} {self.separator} ".encode()
+        what = f"{self.sequences.shape} {self.asked} {self.bos} None ".encode()  # None: nothing between the sequences
         return hashlib.blake2b(what + self.sequences.astype("<i8").tobytes(), digest_size=6).hexdigest()
 
 
-def make_test(
-    ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, separator=None, shares=None, passages=False
-) -> CopyTest:
-    """Draws the test's tokens from `ids` with replacement, uniformly or with probabilities `shares`. With passages, `ids` is a
-    text, and each sequence is 18 consecutive tokens from a random place of it, none of them bos.
+def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, passages=False) -> CopyTest:
+    """Draws the test's tokens uniformly from `ids`, with replacement. With passages, `ids` is a text, and each sequence is 18
+    consecutive tokens from a random place of it, none of them bos.
 
     The same arguments give the same test. Within a sample all prefixes differ, and all suffixes. Raises UserError where the
     context does not hold two sequences and a question, or `ids` do not give enough different sequences.
     """
-    length = LENGTH + (separator is not None)
     lead = int(bos is not None)
-    n = min(SEQUENCES, (seq_len - lead - LENGTH + 1) // length)
+    n = min(SEQUENCES, (seq_len - lead + 1) // LENGTH - 1)
     if n < 2:
-        least = lead + 2 * length + LENGTH - 1
+        least = lead + 3 * LENGTH - 1
         raise UserError(f"seq_len={seq_len}: too short for the copy test, which takes {least} tokens at least")
     too_few = UserError(f"{len(ids)} tokens to draw from: too few for {n} sequences with different prefixes and suffixes")
     rng = np.random.default_rng([seed, len(ids)])
@@ -78,7 +71,7 @@ def make_test(
     def draw(count):
         if passages:
             return ids[rng.choice(starts, (count, 1)) + np.arange(LENGTH)]
-        return rng.choice(ids, (count, LENGTH), p=shares)
+        return rng.choice(ids, (count, LENGTH))
 
     sequences = draw(samples * n).reshape(samples, n, LENGTH)
     left = range(samples)  # the samples that may hold a prefix or suffix twice
@@ -86,7 +79,7 @@ def make_test(
         again = {s: repeats for s in left if (repeats := _repeats(sequences[s])).any()}
         if not again:
             asked = list(range(4, n, 5) if n == SEQUENCES else range(n))
-            return CopyTest(sequences, asked, bos, separator, np.unique(ids))
+            return CopyTest(sequences, asked, bos, np.unique(ids))
         for s, repeats in again.items():
             sequences[s, repeats] = draw(int(repeats.sum()))
         left = again
@@ -116,12 +109,9 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(model: Llama, test: CopyTest) -> Predictions:
-    """The questions of a sample share one pass over its sequences: their keys and values are kept in a cache, which is rewound
-    for each question.
-    """
+    """Returns the model's predictions, from one pass over the sequences of a sample and a rewound KVCache for each question."""
     model.eval()
     lead, context = int(test.bos is not None), test.context()
-    each = context.shape[1] // test.sequences.shape[1]
     whole = np.pad(context, ((0, 0), (lead, 0)), constant_values=test.bos or 0)
     found = []
     for part, sequences in batches(model, whole, test.sequences):
@@ -131,7 +121,7 @@ def predict(model: Llama, test: CopyTest) -> Predictions:
         for i in test.asked:
             cache.length = part.shape[1]
             query = sequences[:, i]  # (B, 18)
-            before = lead + i * each + PREFIX - 1  # the position that predicts the first suffix token
+            before = lead + i * LENGTH + PREFIX - 1  # the position that predicts the first suffix token
             first = model.lm_head(hidden[:, before : before + SUFFIX])
             again = model(query[:, :-1], cache=cache)[:, -SUFFIX:]  # (B, 6, V)
             answers.append([*_predicted(again, query[:, PREFIX:]), *_predicted(first, query[:, PREFIX:])])
@@ -140,18 +130,20 @@ def predict(model: Llama, test: CopyTest) -> Predictions:
 
 
 def _predicted(logits, right) -> tuple[np.ndarray, np.ndarray]:
-    """logits (B, 6, V), right (B, 6) -> the likeliest tokens and the log-probabilities of the right ones, (B, 6) each."""
+    """Logits (B, 6, V), right (B, 6) -> the likeliest tokens and the log-probabilities of the right ones, (B, 6) each."""
     logits = wide(logits)
     logprob = logits.log_softmax(-1).gather(-1, right[..., None])[..., 0]
     return logits.argmax(-1).cpu().numpy(), logprob.cpu().numpy()
 
 
 def copy_scores(test: CopyTest, predictions: Predictions) -> dict:
-    """exact: share of questions with all six suffix tokens right, with its 95% interval, and by sequence asked; token, first:
-    share of suffix tokens right, and of first ones; logprob: mean log-probability of a suffix token, in nats. token_unseen
-    and logprob_unseen: the same at the first occurrence of the sequence.
+    """Returns the scores of a model's predictions.
 
-    Greedy decoding gets all six right exactly when these are: each is the likeliest after the right ones.
+    exact: share of questions with all six suffix tokens right, with its 95% interval, and by sequence asked. Greedy decoding
+        gets all six right in exactly these cases, as each is the likeliest after the right ones.
+    token, first: share of suffix tokens right, and of first ones
+    logprob: mean log-probability of a suffix token, in nats
+    token_unseen, logprob_unseen: the same at the first occurrence of the sequence
     """
     right = predictions.tokens == test.suffixes()  # (asked, samples, 6)
     exact = right.all(-1)  # (asked, samples)

@@ -31,7 +31,7 @@ class Patterns(NamedTuple):
     lead: int
 
     def diagonal(self, back: int):
-        """Attention among the repeated tokens from each position to the one `back` before it: (B, H, 2s - back)."""
+        """Returns the attention among the repeated tokens from each position to the one `back` before it: (B, H, 2s - back)."""
         return self.probs[:, :, self.lead :, self.lead :].diagonal(-back, dim1=-2, dim2=-1)
 
 
@@ -75,7 +75,7 @@ def repeated(ids, s: int, samples: int, seed: int, bos: int | None, times: int =
 
 
 def fitting(model: Llama, most: int, bos: int | None, times: int = 2) -> int:
-    """`most`, or the largest s for which bos and `times` * s tokens fit the context. Raises UserError if it is below 2."""
+    """Returns `most`, or the largest s such that bos and `times` * s tokens fit the context. Raises UserError if s < 2."""
     lead, seq_len = int(bos is not None), model.config.seq_len
     s = min(most, (seq_len - lead) // times)
     if s < 2:
@@ -86,13 +86,13 @@ def fitting(model: Llama, most: int, bos: int | None, times: int = 2) -> int:
 
 
 def pattern_scores(probs, s: int, lead: int = 0) -> dict:
-    """The scores of one layer that come from attention, (H,) each, from its probabilities; see Patterns."""
+    """Returns the attention scores of one layer, (H,) each, from its probabilities; see Patterns."""
     patterns = Patterns(probs, s, lead)
     return {name: score.attention(patterns).mean((0, 2)) for name, score in SCORES.items() if score.attention}
 
 
 def attention_scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
-    """pattern_scores of all layers in one pass, (n_layers, n_heads) each; s = 100, or what fits the context.
+    """Returns the attention scores of all layers, (n_layers, n_heads) each, from one pass; s = 100, or what fits the context.
 
     Raises UserError where two tokens twice do not fit.
     """
@@ -102,9 +102,10 @@ def attention_scores(model: Llama, ids, bos: int | None, samples: int = 32, seed
 
 @torch.no_grad()
 def _averaged(model: Llama, tokens: np.ndarray, score) -> dict[str, np.ndarray]:
-    """The mean over token ids (B, T) of score(probs (some of B, H, T, T)) -> {name: (H,)}: {name: (n_layers, n_heads)}.
+    """Returns the mean of score(probs) over token ids (B, T): {name: (n_layers, n_heads)}.
 
-    In memory at once are the attention probabilities of one layer and one batch.
+    score takes the attention probabilities of one layer and a few samples, (b, H, T, T), and returns {name: (H,)}. No more of
+    them is in memory at once.
     """
     model.eval()
     total = {}
@@ -117,7 +118,7 @@ def _averaged(model: Llama, tokens: np.ndarray, score) -> dict[str, np.ndarray]:
 
 
 def scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
-    """All SCORES by name, (n_layers, n_heads) each: two passes over random tokens drawn from `ids`, and the weights."""
+    """Returns all SCORES by name, (n_layers, n_heads) each, from two passes over random tokens and from the weights."""
     found = attention_scores(model, ids, bos, samples, seed)
     given = Given(model, ids, bos, seed, found)
     for name, score in SCORES.items():
@@ -127,11 +128,10 @@ def scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0)
 
 
 def prefix_matching(model: Llama, ids, bos: int | None, seed: int = 0) -> np.ndarray:
-    """Olsson et al. 2022: on 25 random tokens that occur 4 times, the attention from a token to those after its earlier
-    occurrences, summed over these, and its mean over all tokens of copies 2 to 4. (n_layers, n_heads).
+    """Returns the prefix-matching score of Olsson et al. 2022, with their erratum: (n_layers, n_heads).
 
-    Their appendix says the tokens before the earlier occurrences, and its erratum those after. Here the tokens are drawn from
-    all of `ids`; they leave out common and rare ones. Fewer than 25 where the context is short; UserError where 2 do not fit.
+    On 25 random tokens that occur 4 times, fewer where the context is short: the attention from a token to those after its
+    earlier occurrences, summed over these, and averaged over all tokens of copies 2 to 4. Raises UserError where 2 do not fit.
     """
     s, lead = fitting(model, OLSSON_LENGTH, bos, OLSSON_TIMES), int(bos is not None)
 
@@ -146,17 +146,17 @@ def prefix_matching(model: Llama, ids, bos: int | None, seed: int = 0) -> np.nda
 
 @torch.no_grad()
 def embed_unembed(model: Llama) -> torch.Tensor:
-    """W_E W_U: (D, D) float64 on the CPU."""
+    """Returns W_E W_U, (D, D) float64 on the CPU."""
     embed, unembed = model.embed.weight.cpu(), model.lm_head.weight.cpu()  # (V, D)
     return sum(e.double().T @ u.double() for e, u in zip(embed.split(ROWS), unembed.split(ROWS), strict=True))
 
 
 @torch.no_grad()
 def ov_eigenvalues(model: Llama, folded: bool = False, core=None) -> np.ndarray:
-    """The eigenvalues of each head's W_U W_O W_V W_E that its rank does not make 0: (n_layers, n_heads, Dh) complex128.
+    """Returns the Dh eigenvalues of each head's W_U W_O W_V W_E that may differ from 0: (n_layers, n_heads, Dh) complex128.
 
-    This matrix says how the head, attending to a token, changes the logit of every token (Elhage et al. 2021). It is (V, V), of
-    rank Dh, and shares its eigenvalues with W_V (W_E W_U) W_O, (Dh, Dh), which are computed in float64 on the CPU.
+    This (V, V) matrix says how the head, attending to a token, changes the logit of every token (Elhage et al. 2021). Its other
+    eigenvalues are 0; these are those of W_V (W_E W_U) W_O, (Dh, Dh), and are computed in float64 on the CPU.
 
     folded: with the gain of the attention's norm in W_V and that of the final norm in W_U. The paper (section 4) prints the
     product without gains, and so does the default. core: embed_unembed(model), where it is known already.
@@ -178,9 +178,9 @@ def ov_eigenvalues(model: Llama, folded: bool = False, core=None) -> np.ndarray:
 
 
 def eigenvalue_score(model: Llama, folded: bool = False, core=None) -> np.ndarray:
-    """EP (paper, section 4): the sum of a head's OV eigenvalues over that of their moduli, (n_layers, n_heads) in [-1, 1].
+    """Returns EP (paper, section 4), (n_layers, n_heads): the sum of a head's OV eigenvalues over that of their moduli.
 
-    1: the head makes whatever token it attends to more likely; 0 for a head whose eigenvalues are all 0.
+    It lies in [-1, 1]. 1: the head makes whatever token it attends to more likely; 0 if all of its eigenvalues are 0.
     """
     values = ov_eigenvalues(model, folded, core)
     total, moduli = values.sum(-1).real, np.abs(values).sum(-1)

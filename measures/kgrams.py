@@ -1,4 +1,4 @@
-"""The k-gram baseline of the copy test: what copying by the last k tokens alone would score, and whether the model does so.
+"""The k-gram baseline of the copy test: the score of copying by the last k tokens alone, and whether the model does so.
 
 The baseline finds all earlier places of the last k tokens and continues with the token that followed one of them, each place as
 likely as the other. Induction heads of the textbook kind do so for k = 1, which fails where every token has occurred often.
@@ -8,31 +8,30 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from measures.copying import PREFIX, SUFFIX, CopyTest, Predictions
+from measures.copying import LENGTH, PREFIX, SUFFIX, CopyTest, Predictions
 
 K = (1, 2, 3, 4)
 TELLING = 10  # tokens by which the baselines of k and k - 1 must differ before the model's use of token k is told
 
 
 def numbered(test: CopyTest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Numbers the distinct tokens of each sample from 0 -> its context in these numbers (samples, T), and for each sample the
-    token ids by number.
+    """Numbers the distinct tokens of each sample from 0. Returns the contexts in these numbers (samples, T), and the token ids
+    by number for each sample.
     """
     found = [np.unique(row, return_inverse=True) for row in test.context()]
     return np.stack([numbers for _, numbers in found]), [ids for ids, _ in found]
 
 
 def follower_counts(test: CopyTest) -> Iterator[np.ndarray]:
-    """For each sequence asked, and each of its six suffix tokens in turn, yields how often each token of the sample (numbered
-    as numbered(test) does) followed the last k tokens before: (5, samples, tokens) counts for k = 0, 1, 2, 3, 4.
+    """Yields, for each sequence asked and each of its six suffix tokens, how often each token of the sample (by its number in
+    numbered(test)) followed the last k tokens before: (5, samples, tokens) counts for k = 0, 1, 2, 3, 4.
     """
     context = numbered(test)[0]  # (samples, T)
-    samples, T = context.shape
-    each = T // test.sequences.shape[1]
+    samples = len(context)
     size = context.max() + 1
     sample = np.arange(samples)[:, None]
     for i in test.asked:
-        whole = np.concatenate((context, context[:, i * each : i * each + PREFIX + SUFFIX]), axis=1)
+        whole = np.concatenate((context, context[:, i * LENGTH : (i + 1) * LENGTH]), axis=1)
         for end in range(whole.shape[1] - SUFFIX, whole.shape[1]):  # predict token `end` from those before it
             match = np.ones((samples, end), dtype=bool)  # whether the last k tokens stand right before place j
             counts = []
@@ -46,7 +45,7 @@ def follower_counts(test: CopyTest) -> Iterator[np.ndarray]:
 
 
 def _predicted_numbers(ids: list[np.ndarray], tokens: np.ndarray, missing: int) -> np.ndarray:
-    """Predicted token ids (asked, samples, 6) as numbers of their sample; `missing` for those that the sample lacks."""
+    """Returns predicted ids (asked, samples, 6) as numbers of their sample, `missing` for those that the sample lacks."""
     columns = []
     for s, known in enumerate(ids):
         place = np.searchsorted(known, tokens[:, s]).clip(max=len(known) - 1)
@@ -64,8 +63,7 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     like: the largest k up to which all uses are above one half.
     """
     context, ids = numbered(test)
-    samples, T = context.shape
-    each = T // test.sequences.shape[1]
+    samples = len(context)
     predicted = _predicted_numbers(ids, predictions.tokens, missing=context.max() + 1)
     row = np.arange(samples)
     chance = np.ones((len(test.asked), len(K), samples))  # that the baseline gets all six right
@@ -74,7 +72,7 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     places = np.zeros(len(K))
     for step, counts in enumerate(follower_counts(test)):
         a, t = divmod(step, SUFFIX)
-        right = context[:, test.asked[a] * each + PREFIX + t]
+        right = context[:, test.asked[a] * LENGTH + PREFIX + t]
         share = counts / counts.sum(-1, keepdims=True)  # (5, samples, tokens)
         chance[a] *= share[1:, row, right]
         possible = np.pad(counts > 0, ((0, 0), (0, 0), (0, 1)))[:, row, predicted[a, :, t]]  # (5, samples)

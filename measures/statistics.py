@@ -10,7 +10,7 @@ Z_975 = 1.959964
 
 
 def t_975(freedom: int) -> float:
-    """The 97.5% quantile of Student's t; beyond the table by the expansion of Cornish and Fisher, to three decimals."""
+    """Returns the 97.5% quantile of Student's t; beyond the table by the expansion of Cornish and Fisher, to three decimals."""
     if freedom <= len(T_975):
         return T_975[freedom - 1]
     z, n = Z_975, freedom
@@ -19,7 +19,7 @@ def t_975(freedom: int) -> float:
 
 
 def mean_interval(values, rounding: float = 0.0) -> list[float] | None:
-    """The 95% t interval of the mean of independent values (n,); None for fewer than two values.
+    """Returns the 95% t interval of the mean of independent values (n,); None for fewer than two values.
 
     rounding: the standard deviation of the values' rounding error. Three onsets on the same evaluation step are not known more
     exactly than the distance of two evaluations allows.
@@ -32,7 +32,7 @@ def mean_interval(values, rounding: float = 0.0) -> list[float] | None:
 
 
 def share_interval(hits: np.ndarray) -> list[float]:
-    """The 95% interval of a share of hits; hits (samples, questions) bool, where a sample's questions are not independent.
+    """Returns the 95% interval of a share of hits (samples, questions) bool, where a sample's questions are not independent.
 
     The interval of Agresti and Coull (1998) at the effective number of questions (Korn and Graubard 1998): their number divided
     by the design effect, the variance of the mean over samples relative to that of independent questions. It is estimated, and

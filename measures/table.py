@@ -25,9 +25,8 @@ def _row(title: str, cells) -> str:
 def _copying(copy: dict) -> list[str]:
     c = next(iter(copy.values()))
     asked = f"{c['samples']} samples of {len(c['exact_by_sequence'])} questions each"
-    between = "" if c["separator"] is None else ", a separator after each"
     lines = [
-        f"Copying: the model reads {c['sequences']} random sequences of {PREFIX} + {SUFFIX} tokens{between}, then the first",
+        f"Copying: the model reads {c['sequences']} random sequences of {PREFIX} + {SUFFIX} tokens, then the first",
         f"{PREFIX} of one of them again, and must continue with its other {SUFFIX}. {asked}.",
         f"  {'alphabet':<19}{f'all {SUFFIX} right':>11}{'(95% interval)':>18}    each   first    loss     new   questions",
     ]

@@ -1,1 +1,1 @@
-"""What a run needs that is not the run: settings, checkpoints, ranks, metrics, plots."""
+"""Checkpoints, process groups, optimizers, logging, validation and plots of training runs."""

@@ -1,4 +1,4 @@
-"""What the rows of a run tell: when something forms, and where it ends."""
+"""Onsets and end values of a run, from its rows of metrics.jsonl."""
 
 import itertools
 
@@ -13,21 +13,21 @@ FORMED = {
 
 
 def onset(rows: list[dict], threshold: float, name: str, axis: str = "step") -> float | None:
-    """Where on `axis` the rows, in order, first have `name` at or above the threshold twice in a row (once may be chance); None
-    where they never do.
+    """Returns the first point on `axis` from which `name` is at or above the threshold in two rows in a row, as one may be
+    chance; None if there is none.
     """
     points = [(row[axis], row[name]) for row in rows if row.get(name) is not None]
     return next((x for (x, y), (_, after) in itertools.pairwise(points) if min(y, after) >= threshold), None)
 
 
 def at_the_end(rows: list[dict], name: str) -> float:
-    """The mean of `name` over the last fifth of the rows that have it."""
+    """Returns the mean of `name` over the last fifth of the rows that have it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return float(np.mean(values[-max(len(values) // 5, 1) :]))
 
 
 def formed(rows: list[dict]) -> dict[str, float]:
-    """After how many tokens each of FORMED had formed, for those that did."""
+    """Returns the number of tokens after which each of FORMED had formed, for those that did."""
     found = {}
     for title, (names, level) in FORMED.items():
         name = next((name for name in names if any(name in row for row in rows)), names[-1])

@@ -6,19 +6,17 @@ yields a function of a row. It keeps its files in a folder of its name. To add o
 
 import contextlib
 import dataclasses
-import importlib.util
 import secrets
 from pathlib import Path
 
 from config import Config
-from errors import UserError
+from errors import UserError, require
 
 
 def check(config: Config):
     """Raises UserError if the package of config.log_to is not installed."""
-    found = config.log_to == "none" or importlib.util.find_spec(config.log_to)
-    if not found or found is not True and found.origin is None:  # no origin: a mere folder of that name
-        raise UserError(f"log_to={config.log_to}: the package is not installed; pip install {config.log_to}")
+    if config.log_to != "none":
+        require(config.log_to, f"log_to={config.log_to}", config.log_to)
 
 
 @contextlib.contextmanager

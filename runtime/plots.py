@@ -1,4 +1,6 @@
-"""The pictures. Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles survive greyscale.
+"""Pictures of runs and models.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; line styles survive greyscale.
 
 python -m runtime.plots runs/tiny            draws the curves of a run
 python -m runtime.plots runs/tiny --watch    and redraws them while it trains
@@ -20,8 +22,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from config import Parser
-from errors import UserError, run_command
+from cli import Parser, run_command
+from errors import UserError
 from files import atomic_write
 from runtime import curves, metrics, rundir
 
@@ -33,8 +35,8 @@ POLL = 2.0  # seconds between two looks at a run that is watched
 
 
 def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str, str]):
-    """One row of panels per evaluated checkpoint: the curves of its run, where runs has rows for it, maps of its heads, and the
-    attention of two of them.
+    """Draws one row of panels per evaluated checkpoint: the curves of its run, where runs has rows for it, maps of its heads,
+    and the attention of two of them.
 
     results: as eval_copy.evaluate returns them; runs: the rows of metrics.jsonl; maps: score of heads -> title.
     """
@@ -56,7 +58,7 @@ def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str,
 
 
 def run_curves(axes, rows: list[dict]):
-    """Loss, the best heads, and copying over tokens, with a vertical line where each step on the way to copying has formed."""
+    """Draws loss, best heads and copying over tokens, with a vertical line where each step on the way to copying has formed."""
     columns = dict.fromkeys(name for row in rows for name in row)
     titles = {names[0]: title for title, (names, _) in curves.FORMED.items()}
     heads = {name: f"best {titles.get(name, name)}" for name in columns if name.endswith("_max")}
@@ -77,7 +79,7 @@ def run_curves(axes, rows: list[dict]):
 
 
 def baselines(ax, name: str, levels: dict[int, float]):
-    """A horizontal line for the copying accuracy of each k-gram baseline, at the alphabet `name`."""
+    """Draws a horizontal line for the copying accuracy of each k-gram baseline, at the alphabet `name`."""
     labels = {}  # height of a label -> the k of all levels that are too close to be told apart
     for k, level in levels.items():
         ax.axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}")
@@ -89,14 +91,14 @@ def baselines(ax, name: str, levels: dict[int, float]):
 
 
 def heat_map(ax, scores, title: str):
-    """scores (n_layers, n_heads), mean attention from 0 to 1."""
+    """Draws scores (n_layers, n_heads), mean attention from 0 to 1."""
     scores = np.array(scores)
     heat(ax, scores, range(len(scores)), range(scores.shape[1]), (0, 1), "{:.2f}" if scores.size <= 64 else None)
     ax.set(title=title, xlabel="head", ylabel="layer")
 
 
 def stripes(axes, s: int, lead: int, heads: dict[str, tuple]):
-    """The attention of two heads on s random tokens that occur twice; see measures.attention.stripes.
+    """Draws the attention of two heads on s random tokens that occur twice; see measures.attention.stripes.
 
     An arrow names the stripe: one back for a previous-token head, s - 1 back for an induction head, which looks from a token's
     second occurrence at what followed the first.
@@ -122,7 +124,7 @@ def stripes(axes, s: int, lead: int, heads: dict[str, tuple]):
 
 
 def panels(n: int):
-    """A figure of n panels in a row, and its axes."""
+    """Returns a figure of n panels in a row, and its axes."""
     figure, axes = plt.subplots(1, n, figsize=(4.2 * n, 3.6), squeeze=False, layout="constrained")
     return figure, axes[0]
 
@@ -146,7 +148,7 @@ def save(figure, file: str | Path, dpi=110):
 
 
 def lines(ax, data: dict[str, list[list[dict]]], name: str, axis: str = "step"):
-    """For each label a line, the mean of `name` over its seeds; several seeds get a band from the lowest to the highest."""
+    """Draws for each label the mean of `name` over its seeds, and a band from the lowest to the highest of several seeds."""
     for label, seeds in data.items():
         values = {}
         for row in (row for rows in seeds for row in rows if row.get(name) is not None):
@@ -162,7 +164,7 @@ def lines(ax, data: dict[str, list[list[dict]]], name: str, axis: str = "step"):
 
 
 def bars(ax, changes: dict[str, dict]):
-    """A bar for each mean and a whisker for its interval, where it has one."""
+    """Draws a bar for each mean, and a whisker for its interval if it has one."""
     for i, change in enumerate(changes.values()):
         ax.bar(i, change["mean"], color=BLUE, width=0.55)
         if change["interval"]:
@@ -172,8 +174,8 @@ def bars(ax, changes: dict[str, dict]):
 
 
 def heat(ax, values, rows, columns, scale=(None, None), text=None):
-    """values (rows, columns) as colours; `text` formats the number in each cell ("never" for NaN). Without it there may be many
-    columns, of which some are labelled, and a bar explains the colours. scale: the values at the ends of the colours.
+    """Draws values (rows, columns) as colours; `text` formats the number in each cell ("never" for NaN). Without it there may
+    be many columns, of which some are labelled, and a bar explains the colours. scale: the values at the ends of the colours.
     """
     values, columns = np.asarray(values, dtype=float), list(columns)
     image = ax.imshow(values, vmin=scale[0], vmax=scale[1], cmap="cividis", aspect="auto", origin="lower")
@@ -190,7 +192,7 @@ def heat(ax, values, rows, columns, scale=(None, None), text=None):
 
 
 def points(ax, found: list[tuple[float, float]], exponent: float | None, name: str):
-    """Points on logarithmic axes, and the power law of that exponent through their middle."""
+    """Draws points on logarithmic axes, and the power law of that exponent through their middle."""
     if found:
         xs, ys = np.array(found).T
         ax.plot(xs, ys, "o", color=BLUE, ms=5, mfc="none", label="one seed")

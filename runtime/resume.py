@@ -1,4 +1,4 @@
-"""What a run begins with: its own newest checkpoint, or the weights of another model."""
+"""Resumes a run from its newest checkpoint, or starts one from the weights of another model."""
 
 import dataclasses
 import os
@@ -6,16 +6,15 @@ from pathlib import Path
 
 import config as settings
 from config import Config
-from errors import UserError
+from errors import UserError, about
 from runtime import checkpoint
 
 AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
 
 
 def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
-    """Returns the path and state of the checkpoint that this run resumes; None and {} for a new run.
-
-    Raises UserError for another run's.
+    """Returns the path and state of the checkpoint that this run resumes; None and {} for a new run. Raises UserError if the
+    checkpoint belongs to another run.
     """
     if config.resume == "none":
         return None, {}
@@ -78,12 +77,10 @@ def start_from(path, state: dict, config: Config, model, tokenizer, world):
     They must be of this very model: another context or dropout does not change what it computes, another rope_theta or
     norm_eps does. Warns of a tokenizer that is not the data's: the same ids then mean other text.
     """
-    try:
+    with about(path):
         theirs = dataclasses.asdict(settings.from_checkpoint(state["config"]))
         values = {name: value for name, value in theirs.items() if name not in AS_IT_IS}
         dataclasses.replace(config, **values)  # raises for what no run can train, such as ids beyond uint16
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
     if other := {name: value for name, value in values.items() if value != getattr(config, name)}:
         mine = ", ".join(f"{name}={getattr(config, name)}" for name in other)
         wanted = " ".join(f"--{name}={str(value).lower()}" for name, value in other.items())

@@ -21,17 +21,6 @@ from runtime import checkpoint, loggers, metrics
 OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measures.jsonl", "*.png", "tensorboard", "wandb")
 
 
-def check(path) -> Path:
-    """Returns the path of a run directory that can be made or written to; raises UserError for another one."""
-    path = Path(path)
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"out_dir={path}: {parent} is a file; name a folder")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"out_dir={path}: {parent} cannot be written to; name another --out_dir")
-    return path
-
-
 @contextlib.contextmanager
 def locked(path: Path):
     """Holds the run directory, which is made, until the block ends. Raises UserError if another run holds it."""
@@ -59,8 +48,11 @@ def locked(path: Path):
 
 def is_running(path: Path) -> bool:
     """Returns whether a run holds the run directory."""
+    lock = path / "run.lock"
+    if not lock.exists():
+        return False
     try:
-        with filelock.FileLock(path / "run.lock", timeout=0) if (path / "run.lock").exists() else contextlib.nullcontext():
+        with filelock.FileLock(lock, timeout=0):
             return False
     except filelock.Timeout:
         return True

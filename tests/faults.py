@@ -38,8 +38,8 @@ def _train(settings, prepare):
     os.dup2(log, 1)
     os.dup2(log, 2)
     import train
+    from cli import run_command
     from config import from_dict
-    from errors import run_command
 
     if prepare:
         prepare()

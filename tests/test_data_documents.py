@@ -114,7 +114,7 @@ def test_a_record_that_would_fill_the_memory_is_left_out(tmp_path, monkeypatch):
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install '\.\[data\]'") as e:
+    with pytest.raises(UserError, match=r"needs pyarrow, which is not installed: pip install '\.\[data\]'") as e:
         read(tmp_path / "a.jsonl.zst")
     assert "\n" not in str(e.value)
 

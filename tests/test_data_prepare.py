@@ -21,6 +21,7 @@ from data.documents import Document, Part, numbered
 from data.meta import SPLITS, load_meta
 from data.prepare import parse, prepare, training_texts
 from data.tokenizer import Bytes, SentencePiece, Tiktoken, load_tokenizer
+from data.writer import another_fraction
 from errors import UserError
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks, repeatable
 
@@ -210,16 +211,24 @@ def test_a_folder_left_incomplete_is_made_anew(tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--tokenizer=bpe", "--vocab_size=300"]])
-def test_a_split_without_documents_is_refused_and_another_fraction_works(tmp_path, options):
+def test_a_split_without_documents_is_refused_and_the_fraction_that_is_named_works(tmp_path, options):
     (tmp_path / "in").mkdir()
     for i in range(4):
         (tmp_path / "in" / f"{i}.txt").write_text("".join(f"text {i} {chr(97 + j % 26)}{j**5:x}\n" for j in range(2000)))
     argv = ["text", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", *options]
     for split, fraction in (("val", 0.0001), ("train", 0.9999)):
-        with pytest.raises(UserError, match=f"{split}.bin would be empty: .*; pass another --val_fraction"):
+        with pytest.raises(UserError, match=f"{split}.bin would be empty: .*; pass --val_fraction=") as e:
             prepare([*argv, f"--val_fraction={fraction}"])
         assert not (tmp_path / "out").exists()
-    assert load_meta(prepare([*argv, "--val_fraction=0.5"]))["splits"]["val"]["docs"] >= 1
+        out = prepare([*argv, str(e.value).split()[-1], f"--out={tmp_path / split}"])
+        assert load_meta(out)["splits"][split]["docs"] >= 1
+
+
+def test_the_fraction_that_is_named_lies_between_the_places_however_close_they_are():
+    for lowest, highest in ((0.1, 0.9), (0.51234, 0.5125), (0.3, 0.30000001), (0.0001, 0.9999)):
+        for split in ("train", "val"):
+            assert lowest < float(another_fraction(split, lowest, highest).split("=")[1]) < highest
+    assert another_fraction("val", 0.5, 0.5) == "all of them have the same text; name other files"
 
 
 def test_one_short_file_and_no_text_at_all_are_refused(tmp_path):
@@ -260,6 +269,7 @@ def test_a_source_takes_its_own_options_only():
         parse(["repeats", "--seed=-1"])
     for argv in (
         ["python-stdlib", "--vocab_size=500"],
+        ["python-stdlib", "--vocab_size=2048"],  # the default of --tokenizer=bpe
         ["repeats", "--val_fraction=0"],
         ["repeats", "--processes=0"],
         ["python-stdlib", "--repeat=0.7"],

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_copy
+from cli import run_command
 from config import ROOT, Config, ModelConfig, from_dict
 from data import prepare
 from data.tokenizer import get_tokenizer, load_tokenizer, tokenizer_from_state
 from data.tokenizer_kinds import HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken
-from errors import UserError, run_command
+from errors import UserError
 from hf import export
 from hf import folder as huggingface
 from kernels import eager
@@ -495,7 +496,7 @@ def test_damaged_missing_and_foreign_files_are_refused_in_one_line(folder):
 
 def test_without_the_package_one_line_names_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
+    with pytest.raises(UserError, match="needs safetensors, which is not installed: pip install"):
         huggingface.read(folder)
 
 

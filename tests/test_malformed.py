@@ -13,8 +13,8 @@ import torch
 
 import eval_copy
 import train
+from cli import run_command
 from config import ADDED, MAY_CHANGE, Config, ModelConfig, from_dict, load
-from errors import run_command
 from runtime import checkpoint, distributed
 from tests.faults import fault
 

@@ -20,18 +20,18 @@ def loss_of(model, before, token):
 def test_position_losses_equal_one_question_at_a_time(monkeypatch):
     model, windows = small_model(), np.random.default_rng(0).choice(40, (3, 13))
     expected = [np.mean([loss_of(model, w[: t + 1], w[t + 1]) for w in windows]) for t in range(12)]
-    losses = context.position_losses(model, windows)
-    assert losses.shape == (12,) and losses.dtype == np.float64
+    losses = context.position_scores(model, windows)["loss"]
+    assert len(losses) == 12
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
     monkeypatch.setattr(batching, "TOKENS", 13)  # one window a pass, 5 rows of the head at once
     monkeypatch.setattr(batching, "ROWS", 5)
-    np.testing.assert_allclose(context.position_losses(model, windows), losses, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(context.position_scores(model, windows)["loss"], losses, rtol=0, atol=1e-6)
 
 
-def test_position_losses_take_the_uint16_of_a_bin():
+def test_losses_take_the_uint16_of_a_bin():
     windows = np.random.default_rng(0).choice(40, (3, 13))
     model = small_model()
-    assert np.array_equal(context.position_losses(model, windows.astype(np.uint16)), context.position_losses(model, windows))
+    assert np.array_equal(context.token_losses(model, windows.astype(np.uint16)), context.token_losses(model, windows))
 
 
 @torch.no_grad()
@@ -59,12 +59,13 @@ def test_induction_loss_of_the_hand_built_model_is_log_v_in_the_first_copy_and_n
     assert losses["first"] == pytest.approx(np.log(257), abs=0.05) and losses["second"] < 0.2
 
 
-def test_icl_score_is_the_later_loss_less_the_earlier_counted_from_1():
+def test_icl_score_is_the_later_loss_less_the_earlier_counted_from_1(monkeypatch):
     losses = np.arange(1, 1001) ** -0.5
-    assert context.icl_score(losses) == pytest.approx(500**-0.5 - 50**-0.5, abs=1e-12)
-    assert context.icl_score(losses, 50, 1000) == pytest.approx(1000**-0.5 - 50**-0.5, abs=1e-12)
-    assert context.icl_score(losses[:500]) is not None
-    assert context.icl_score(losses[:499]) is None and context.icl_score(losses[:999], late=1000) is None
+    for T, late in ((1000, (500, 1000)), (999, (500,)), (500, (500,)), (499, ())):
+        monkeypatch.setattr(context, "token_losses", lambda model, windows: losses[None, : windows.shape[1] - 1])
+        scores = context.position_scores(small_model(), np.zeros((1, T + 1)))
+        for n in (500, 1000):
+            assert scores[f"icl_50_{n}"] == (pytest.approx(n**-0.5 - 50**-0.5, abs=1e-12) if n in late else None)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from tests.handbuilt import induction_model, uniform_model
 from tests.test_eval_copy import small_model
 
 
-def test_of(tokenizer, name, seq_len, samples=500, separator=False):
-    return make_tests(tokenizer, seq_len, samples, [name], separator)[name]
+def test_of(tokenizer, name, seq_len, samples=500):
+    return make_tests(tokenizer, seq_len, samples, [name])[name]
 
 
 test_of.__test__ = False
@@ -55,11 +55,10 @@ def test_a_uniform_model_scores_at_chance():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("separator", [False, True])
 @pytest.mark.parametrize("tokenizer", [Chars(20), Ids(24)], ids=["bos", "no bos"])
-def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(tokenizer, separator):
+def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(tokenizer):
     model = small_model(tokenizer)
-    test = test_of(tokenizer, "full", 96, 30, separator)
+    test = test_of(tokenizer, "full", 96, 30)
     exact, token, first, logprob, token_unseen, logprob_unseen = [], [], [], [], [], []
     lead = [] if tokenizer.bos is None else [tokenizer.bos]
     for sequences, context in zip(torch.from_numpy(test.sequences), torch.from_numpy(test.context()), strict=True):
@@ -73,7 +72,7 @@ def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(tok
             token.append(hits.float().mean().item())
             first.append(hits[0].item())
             logprob.append(logits.log_softmax(-1)[range(6), suffix].mean().item())
-            end = len(lead) + i * (18 + separator) + 17  # the same tokens at their first occurrence
+            end = len(lead) + i * 18 + 17  # the same tokens at their first occurrence
             assert torch.equal(context[end - 5 : end + 1], suffix)
             logits = model(context[None, :end])[0, -6:]
             token_unseen.append((logits.argmax(-1) == suffix).float().mean().item())
@@ -113,15 +112,15 @@ def test_samples_depend_on_their_arguments_alone_and_prefixes_and_suffixes_are_u
 def test_alphabets():
     tokenizer = Chars(64)
     ours = vocabulary(tokenizer)
-    assert "".join(tokenizer.alphabet[i] for i in alphabet(ours, "hex16")[0]) == "0123456789abcdef"
-    assert list(alphabet(ours, "full")[0]) == list(range(64))
-    some, shares = alphabet(ours, "10")
-    assert len(set(some)) == 10 and tokenizer.bos not in some and shares is None
-    assert len(alphabet(vocabulary(Ids(500)), "hex16")[0]) == 16
+    assert "".join(tokenizer.alphabet[i] for i in alphabet(ours, "hex16")) == "0123456789abcdef"
+    assert list(alphabet(ours, "full")) == list(range(64))
+    some = alphabet(ours, "10")
+    assert len(set(some)) == 10 and tokenizer.bos not in some
+    assert len(alphabet(vocabulary(Ids(500)), "hex16")) == 16
     for name in ("65", "1", "hexx", "-3", "", "top", "top65"):
         with pytest.raises(UserError, match=f"alphabet={name}: expected full"):
             alphabet(ours, name)
-    for name in ("top16", "freq", "seen"):
+    for name in ("top16", "seen"):
         with pytest.raises(
             UserError, match=f"alphabet={name}: how often each id occurs .* is not known for this model; use full"
         ):
@@ -140,19 +139,12 @@ def counted():
 def test_alphabets_of_the_training_data():
     tokenizer = counted()
     ours = vocabulary(tokenizer)
-    assert list(alphabet(ours, "top4")[0]) == [127, 126, 125, 124]  # bos is no test token
-    assert list(alphabet(ours, "seen")[0]) == list(range(1, 128))
-    ids, shares = alphabet(ours, "freq")
-    np.testing.assert_allclose(shares, np.arange(1, 128) / np.arange(128).sum())
-    tests = make_tests(tokenizer, 128, 300, ["freq", "full"])
-    used, times = np.unique(tests["freq"].sequences, return_counts=True)
-    assert set(used) <= set(ids) and times[-20:].mean() > 3 * times[:20].mean()
-    assert ours.untrained(np.unique(tests["full"].sequences)) == (129, 129)
+    assert list(alphabet(ours, "top4")) == [127, 126, 125, 124]  # bos is no test token
+    assert list(alphabet(ours, "seen")) == list(range(1, 128))
+    assert ours.untrained(np.arange(256)) == (129, 129)
     assert ours.untrained([0, 1, 2]) == (1, 1) and vocabulary(Bytes()).untrained([1]) is None
     assert default_alphabets(ours) == ["full", "hex16", "top128"]
     assert list(make_tests(tokenizer, 128, 3)) == ["full", "hex16", "top128"]
-    with_separator = make_tests(tokenizer, 128, 3, ["freq"], separator=True)["freq"]
-    assert with_separator.separator == 10 and 10 not in with_separator.sequences
 
 
 def test_passages_are_text_of_random_places_and_hold_no_bos():
@@ -205,13 +197,6 @@ def test_the_hash_is_that_of_the_questions():
     assert tests[0].hash() == test_of(Chars(64), "full", 128, 9).hash() == "77e19cef6098"
 
 
-def test_the_hand_built_model_copies_with_a_separator_too():
-    tokenizer = Bytes()
-    model, _, _ = induction_model(tokenizer.size, 1024, tokenizer.bos)
-    test = test_of(tokenizer, "full", 1024, 10, separator=True)
-    assert copy_scores(test, predict(model, test))["exact"] == 1.0
-
-
 def baseline_predictions(test, k, seed=0):
     """The predictions of the k-gram baseline."""
     rng = np.random.default_rng(seed)
@@ -222,10 +207,9 @@ def baseline_predictions(test, k, seed=0):
 
 
 @pytest.mark.parametrize("k", [0, *K])
-@pytest.mark.parametrize("separator", [False, True])
-def test_the_baseline_of_k_tokens_is_found_to_use_k_tokens(k, separator):
+def test_the_baseline_of_k_tokens_is_found_to_use_k_tokens(k):
     # Nearly every token follows every other one somewhere, so that the baselines of 0 and 1 differ in few places.
-    test = test_of(Bytes(), "hex16", 1024, 200 if k == 0 else 40, separator)
+    test = test_of(Bytes(), "hex16", 1024, 200 if k == 0 else 40)
     predictions = baseline_predictions(test, k)
     found = kgram_baseline(test, predictions)
     assert found["like"] == k

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import reproduce
+from cli import run_command
 from config import ROOT, load
-from errors import RunFailed, run_command
+from errors import RunFailed
 from paper import figures
 from paper.report import FAILS, HOLDS, OPEN, at_exponents
 from paper.scales import SCALES, Scale
@@ -100,7 +101,7 @@ def test_a_failed_run_ends_the_others_and_names_its_last_line(tmp_path, runs):
 def test_an_interrupt_saves_the_runs_and_is_one_line_and_status_130(tmp_path, dataset):
     program = f"""
 import sys, reproduce
-from errors import run_command
+from cli import run_command
 from pathlib import Path
 from tests.test_reproduce import Scale
 settings = dict(data={str(dataset)!r}, prepare="", vocab_size=17, seq_len=31, compile="off", max_steps=10**6, log_interval=1)

@@ -1,8 +1,8 @@
 """The loggers show the rows of metrics.jsonl, each step once, also after a resume."""
 
-import importlib.util
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,10 +81,9 @@ def test_wandb_shows_each_step_once_after_a_resume(settings, monkeypatch):
 
 
 def test_a_missing_package_ends_with_status_2_and_one_line_before_anything_is_written(settings, monkeypatch, capsys):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "wandb" else found(name, *args))
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert status(flags(settings, log_to="wandb")) == 2
-    assert capsys.readouterr().err == "log_to=wandb: the package is not installed; pip install wandb\n"
+    assert capsys.readouterr().err == "log_to=wandb needs wandb, which is not installed: pip install '.[wandb]'\n"
     assert not Path(settings["out_dir"]).exists()
 
 

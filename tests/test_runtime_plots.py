@@ -6,7 +6,7 @@ import time
 
 import matplotlib.pyplot as plt
 
-from errors import run_command
+from cli import run_command
 from runtime import plots, rundir
 
 ROWS = [{"step": s, "tokens": 10 * s, "loss": 3 - s / 9, "val_loss": 3.0, "induction_max": s / 9, "copy_exact_full": s / 9}

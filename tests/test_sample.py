@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import sample
+from cli import run_command
 from config import ROOT
 from data.tokenizer import Bytes, Chars, Ids, SentencePiece
-from errors import run_command
 from tests.handbuilt import induction_model
 from tests.test_eval_copy import save, small_model
 

@@ -1,0 +1,75 @@
+"""Command lines: parsing arguments, and ending with one line and an exit status instead of a traceback."""
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+
+from errors import RunFailed, UserError, exit_status
+
+
+class Parser(argparse.ArgumentParser):
+    """The argument parser of every command. A mistake on the command line raises UserError."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args=None, namespace=None):
+        """Parses options and positional arguments in any order; an unknown option is refused with the nearest known one."""
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args  # which takes no subcommands
+        parsed, unknown = parse(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help"
+            raise UserError(f"{name}: no such option; {hint}")
+        return parsed
+
+
+def whole(text: str) -> int:
+    """Parses a whole number of 0 or more: 40e9 as well as 40000000000. Raises ValueError."""
+    number = float(text)
+    if number < 0 or not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
+def run_command(main, argv) -> int:
+    """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
+
+    Under torchrun, what all ranks find (a UserError or RunFailed) is reported by rank 0 alone; what may have happened on one
+    rank only is reported by that rank, with its number.
+    """
+    try:
+        return main(argv)
+    except BaseException as e:
+        found = exit_status(e)
+        if found is None:
+            raise
+        status, message = found
+        rank = os.environ.get("RANK", "0")
+        shared = type(e) in (UserError, RunFailed, KeyboardInterrupt)
+        if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
+            message = f"rank {rank}: {message}"
+        if rank == "0" or not shared:
+            print(message, file=sys.stderr, flush=True)
+        return status
+
+
+def exit_on_interrupt():
+    """Makes Ctrl-C end the process with one line and status 130 from now on, also while modules are being imported."""
+
+    def interrupted(number, frame):
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
+
+def raise_on_interrupt():
+    """Makes Ctrl-C raise KeyboardInterrupt again, so that files are closed and processes ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
