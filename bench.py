@@ -72,8 +72,6 @@ def main(argv: list[str]) -> int:
         baselines.nanogpt(args.nanogpt)  # a mistake is reported before anything is timed
     if args.what == "check":
         return checking.main(distributed.pick_device(load(settings).device))
-    if args.what in ("kernels", "tiles"):
-        return ops.main(args.what)
     if args.what == "bytes":
         from benchmarks import traffic  # which needs Triton
 
@@ -83,7 +81,9 @@ def main(argv: list[str]) -> int:
         training.take_turns(load([*args.configs, *settings]), args.one, args.nanogpt)
         return 0
     about = machine.machine()  # before anything is timed: the commit may change while it runs
-    if args.what == "data":
+    if args.what in ("kernels", "tiles"):
+        result = ops.sweep(args.what)
+    elif args.what == "data":
         result = preparing.prepare_rates(args.rounds or 5)
         print(preparing.summary(result))
     else:
