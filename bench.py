@@ -3,7 +3,7 @@
     python bench.py check                   whether this card computes every op correctly, and which settings suit it
     python bench.py train [CONFIG.py ...] [--name=value ...]   training steps, against other models of the same shape
     python bench.py copy [CONFIG.py ...] [--name=value ...]    seconds, steps and tokens until a model copies
-    python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile, SDPA and Liger
+    python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile and SDPA
     python bench.py tiles                   each Triton op on a GPU, under other tile sizes, warps and stages
     python bench.py bytes [CONFIG.py] [--name=value ...]       bytes that a training step moves outside of matmuls, per kernel
     python bench.py data                    data.prepare on this Python's standard library, against encode() in a bare loop
