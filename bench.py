@@ -3,7 +3,7 @@
     python bench.py check                   whether this card computes every op correctly, and which settings suit it
     python bench.py train [CONFIG.py ...] [--name=value ...]   training steps, against other models of the same shape
     python bench.py copy [CONFIG.py ...] [--name=value ...]    seconds, steps and tokens until a model copies
-    python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile, SDPA and Liger
+    python bench.py kernels                 each Triton op on a GPU, against eager, torch.compile and SDPA
     python bench.py tiles                   each Triton op on a GPU, under other tile sizes, warps and stages
     python bench.py bytes [CONFIG.py] [--name=value ...]       bytes that a training step moves outside of matmuls, per kernel
     python bench.py data                    data.prepare on this Python's standard library, against encode() in a bare loop
@@ -72,8 +72,6 @@ def main(argv: list[str]) -> int:
         baselines.nanogpt(args.nanogpt)  # a mistake is reported before anything is timed
     if args.what == "check":
         return checking.main(distributed.pick_device(load(settings).device))
-    if args.what in ("kernels", "tiles"):
-        return ops.main(args.what)
     if args.what == "bytes":
         from benchmarks import traffic  # which needs Triton
 
@@ -83,7 +81,9 @@ def main(argv: list[str]) -> int:
         training.take_turns(load([*args.configs, *settings]), args.one, args.nanogpt)
         return 0
     about = machine.machine()  # before anything is timed: the commit may change while it runs
-    if args.what == "data":
+    if args.what in ("kernels", "tiles"):
+        result = ops.sweep(args.what)
+    elif args.what == "data":
         result = preparing.prepare_rates(args.rounds or 5)
         print(preparing.summary(result))
     else:

@@ -69,7 +69,7 @@ def train(config: Config, world: distributed.World) -> int:
         if run.step >= config.max_steps:
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0
-        run.rows = world.on_rank_0(lambda: stack.enter_context(rundir.begin(run.out, run.config, run.step)))
+        run.rows = world.on_rank_0(lambda: stack.enter_context(rundir.begin(run.out, run.config, run.step, run.kernels)))
         return run.loop()
 
 

@@ -60,23 +60,20 @@ def compare(op_sets: dict, device) -> dict[str, list[str]]:
 def times(op_sets: dict) -> dict[str, float]:
     """Prints the ms of each op, forward and backward, in bf16 at 16 x 1,024 tokens; returns the sums of fused and compiled."""
     top = ops.ceilings()
-    print(
-        f"\ncopy {top['copy_gb_s']:,.0f} GB/s, matmul {top['matmul_tflop_s']:,.0f} TFLOP/s; ms forward and backward, their rate"
-    )
     total = dict.fromkeys((*op_sets, "compile"), 0.0)
-    print(f"{'':<24}" + "".join(f"{who:>10}" for who in total))
+    print(f"\ncopy {top['copy_gb_s']:,.0f} GB/s, matmul {top['matmul_tflop_s']:,.0f} TFLOP/s")
+    print(f"{'ms forward and backward':<24}" + "".join(f"{who:>10}" for who in total))
     for name in OPS:
         op, inputs, forward, backward = case(name, **SHAPE | dict(B=16))
         functions = {who: lambda *xs, s=op_set: op(s, *xs) for who, op_set in op_sets.items()}  # noqa: B023
         functions["compile"] = torch.compile(functions["sdpa"])
         grads = [torch.randn_like(o) for o in outputs(functions["sdpa"], inputs)]
-        found = {who: ops.median_ms(lambda f=f: run(f, inputs, grads)) for who, f in functions.items()}  # noqa: B023
-        total = {who: total[who] + ms for who, ms in found.items()}
-        rate = ""
+        found = [ops.median_ms(lambda f=f: run(f, inputs, grads)) for f in functions.values()]  # noqa: B023
+        total = {who: total[who] + ms for who, ms in zip(functions, found, strict=True)}
+        row = "".join(f"{ms:>10.3f}" for ms in found)
         if forward:
-            row = {f"{way}_ms": found[next(iter(found))] for way in ("forward", "backward", "both")}
-            rate = f"{ops.rates(row, name == 'causal_attention', forward, backward, top)['both_share']:>8.0%} of the ceiling"
-        print(f"{name:<24}" + "".join(f"{ms:>10.3f}" for ms in found.values()) + rate, flush=True)
+            row += f"{ops.share(found[0], forward + backward, name.endswith('attention'), top):>8.0%} of the ceiling"
+        print(f"{name:<24}{row}", flush=True)
         torch.compiler.reset()
     return total
 
@@ -88,10 +85,8 @@ def verdict(auto: str, wrong: dict[str, list[str]], total: dict[str, float], whe
         right = next(who for who in (auto, "sdpa", "eager") if not wrong.get(who))
         return f"pass --kernels={right}: these ops are wrong on {where} ({names})", 4
     if auto == "fused" and total and total["compile"] < total["fused"]:
-        return (
-            f"pass --kernels=sdpa: its ops take {total['compile']:.2f} ms where the Triton kernels take {total['fused']:.2f}",
-            0,
-        )
+        slower, faster = total["fused"], total["compile"]
+        return f"pass --kernels=sdpa: its ops take {faster:.2f} ms where the Triton kernels take {slower:.2f}", 0
     return f"these settings are right for {where}: --kernels=auto takes {auto}", 0
 
 

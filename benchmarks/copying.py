@@ -36,21 +36,24 @@ def time_to_copy(argv: list[str], until: float) -> dict:
         command = [sys.executable, str(ROOT / "train.py"), *argv, f"--out_dir={folder}/run"]
         caches = {f"{name}_CACHE_DIR": f"{folder}/{name}" for name in ("TORCHINDUCTOR", "TRITON")}
         started = time.perf_counter()
+
+        def read_new():
+            new = metrics.read(path)[len(rows) :] if path.exists() else []
+            rows.extend(row | {"seconds": time.perf_counter() - started} for row in new)
+
         with open(log, "w") as stderr:  # a file, because a pipe that nobody reads would block the run once it is full
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr}
             child = subprocess.Popen(command, **quiet, env=os.environ | caches)
         try:
             while reached(rows, until) is None and child.poll() is None:
                 time.sleep(0.2)
-                new = metrics.read(path)[len(rows) :] if path.exists() else []
-                rows += [row | {"seconds": time.perf_counter() - started} for row in new]
+                read_new()
         finally:
             child.terminate()
             status = child.wait()
         if status not in (0, 3):
             raise (UserError if status == 2 else RunFailed)(log.read_text().strip().splitlines()[-1])
-        new = metrics.read(path)[len(rows) :]
-        rows += [row | {"seconds": time.perf_counter() - started} for row in new]
+        read_new()
     found = {level: reached(rows, level) for level in LEVELS if level <= until}
     return {str(level): row and {name: row[name] for name in ("seconds", "step", "tokens")} for level, row in found.items()}
 

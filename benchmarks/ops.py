@@ -1,20 +1,15 @@
-"""`bench.py kernels` times each Triton op on a GPU against its baselines, `bench.py tiles` under other tile sizes.
+"""`bench.py kernels` times each Triton op on a GPU against its baselines, `bench.py tiles` with other tile sizes.
 
-The shape is B = 64, T = 1024, D = 768, 12 heads of 64, F = 3072, V = 32000 in bf16, then a sweep of T and D. Each result is
-compared with the definition before it is timed. Times are medians of triton.testing.do_bench, which clears the L2 cache before
-each call; `graph_ms` is the time in a CUDA graph, without the host. GB/s count each input read once and each output written
-once, TFLOP/s the causal half; shares are of what a large copy and a large matmul reach on the same GPU in the same run.
+The shape is that of llama162m at 64 x 1,024 tokens in bf16, then other T and D. Each result is compared with the definition
+before it is timed. Times are medians of triton.testing.do_bench, which clears the L2 cache before each call. `share` is that of
+the rate of a large copy, with each input and output counted once, or of a large matmul, with the causal half counted.
 """
-
-import json
-import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import OPS, SHAPE, case, errors, outputs, run
-from benchmarks.machine import machine
-from config import ROOT
+from errors import UserError
 
 SWEEP = [dict(T=T, B=65536 // T) for T in (256, 512, 2048, 4096)] + [dict(D=64 * H, H=H, F=256 * H) for H in (8, 16, 32)]
 
@@ -41,27 +36,15 @@ def median_ms(f) -> float:
 
 
 def measure(f, inputs) -> dict:
-    """Returns the ms of forward, backward and both, and of both in a CUDA graph (None if f cannot be captured)."""
-    from triton.testing import do_bench_cudagraph
-
+    """Returns the ms of forward, of backward and of both."""
     wanted = [x for x in inputs if x.requires_grad]
     out = outputs(f, inputs)
     grads = [torch.randn_like(o) for o in out]
-
-    def both():
-        return run(f, inputs, grads)
-
-    row = dict(
-        forward_ms=median_ms(torch.no_grad()(lambda: f(*inputs))),
-        backward_ms=median_ms(lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True)),
-        both_ms=median_ms(both),
+    return dict(
+        forward=median_ms(torch.no_grad()(lambda: f(*inputs))),
+        backward=median_ms(lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True)),
+        both=median_ms(lambda: run(f, inputs, grads)),
     )
-    try:
-        row["graph_ms"] = do_bench_cudagraph(both, return_mode="median")
-    except RuntimeError:
-        torch.cuda.synchronize()
-        row["graph_ms"] = None
-    return row
 
 
 def allowed(dtype: torch.dtype, own: float) -> float:
@@ -101,14 +84,9 @@ def ceilings() -> dict:
     return dict(copy_gb_s=2 * 4 * a.numel() / copy / 1e6, matmul_tflop_s=2 * 8192**3 / matmul / 1e9)
 
 
-def rates(row, is_flops, forward, backward, top) -> dict:
-    """Returns a row's GB/s or TFLOP/s and their shares of the GPU's ceiling."""
-    unit, scale, ceiling = ("tflop_s", 1e9, top["matmul_tflop_s"]) if is_flops else ("gb_s", 1e6, top["copy_gb_s"])
-    found = {}
-    for way, work in dict(forward=forward, backward=backward, both=forward + backward).items():
-        found[f"{way}_{unit}"] = work / row[f"{way}_ms"] / scale
-        found[f"{way}_share"] = found[f"{way}_{unit}"] / ceiling
-    return found
+def share(ms: float, work: float, is_flops: bool, top: dict) -> float:
+    """Returns the share of the GPU's ceiling that `work`, in FLOPs or bytes, in so many ms is."""
+    return work / ms / (1e9 * top["matmul_tflop_s"] if is_flops else 1e6 * top["copy_gb_s"])
 
 
 def sweep_shapes(top) -> list[dict]:
@@ -116,19 +94,21 @@ def sweep_shapes(top) -> list[dict]:
     results = []
     for change in [{}, *SWEEP]:
         shape, rows = SHAPE | change, {}
-        print(f"\n{shape}\n{'':<36}{'forward ms':>11}{'backward ms':>12}{'both ms':>9}{'graph ms':>9}{'share':>7}")
+        print(f"\n{shape}\n{'ms':<36}{'forward':>10}{'backward':>10}{'both':>10}{'share':>10}")
         for name in OPS:
             refuse_if_wrong(name, shape)
             op, inputs, forward, backward = case(name, **shape)
             for who, f in baselines(name, op).items():
                 try:
                     row = measure(f, inputs)
-                    row |= rates(row, name.endswith("attention"), forward, backward, top) if forward else {}
+                    if forward:
+                        row["share"] = share(row["both"], forward + backward, name.endswith("attention"), top)
+                    figures = "".join(f"{x:>10.3f}" for x in row.values())
                 except RuntimeError as e:  # out of memory, or a backend that does not take this shape
                     row = dict(failed=str(e).splitlines()[0])
+                    figures = row["failed"]
                 rows[f"{name}: {who}"] = row
-                figures = (row.get(k) for k in ("forward_ms", "backward_ms", "both_ms", "graph_ms", "forward_share"))
-                print(f"{name + ': ' + who:<36}" + "".join(f"{'' if v is None else format(v, '.3f'):>10}" for v in figures))
+                print(f"{name + ': ' + who:<36}{figures}", flush=True)
             torch.compiler.reset()
             torch.cuda.empty_cache()
         results.append(dict(shape=shape, rows=rows))
@@ -178,22 +158,16 @@ def sweep_tiles() -> list[dict]:
             except Exception as e:  # wrong, or too much shared memory or too many registers: Triton has a class for each
                 row |= dict(failed=str(e).splitlines()[0])
             rows.append(row)
-            figure = row.get("failed") or f"{row[f'{way}_ms']:.3f} ms"
+            figure = row.get("failed") or f"{row[way]:.3f} ms"
             print(f"{name:<22}{way:<10}{key!s:<10}{value!s:<20}{'default' if value == default else '':<9}{figure}", flush=True)
         where[key] = default
     return rows
 
 
-def main(what: str) -> int:
-    """Times `kernels` or `tiles` and writes results/bench/<card>-<what>.json. Returns exit status 2 if there is no GPU."""
+def sweep(what: str) -> dict:
+    """Times `kernels` or `tiles`, printed as they come. Raises UserError if there is no GPU."""
     if not torch.cuda.is_available():
-        print(f"bench.py {what}: times need an NVIDIA GPU, and there is none here", file=sys.stderr)
-        return 2
+        raise UserError(f"bench.py {what}: times need an NVIDIA GPU, and there is none here")
     torch.manual_seed(0)
-    record = machine() | dict(ceilings=ceilings())
-    record["results"] = sweep_shapes(record["ceilings"]) if what == "kernels" else sweep_tiles()
-    path = ROOT / "results/bench" / f"{record['card'].replace(' ', '-')}-{what}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{path}")
-    return 0
+    top = ceilings()
+    return dict(ceilings=top, results=sweep_shapes(top) if what == "kernels" else sweep_tiles())

@@ -1,10 +1,10 @@
 """`bench.py train`: training steps of this trainer against those of other models of the same shape, on random tokens.
 
-Each model has a process of its own, which waits while another has its turn; in each round all have one, so that whatever
+Each model has a process of its own, which waits while another has its turn. In each round all take one, so that whatever
 slows the machine down slows all of them. A step is an update of batch_size sequences: data to the device, forward, backward,
-clipping, AdamW. On a GPU each uses its fastest micro-batch that fits; on a CPU ours uses its config's, the baselines take the
-batch whole, and ours runs a second time as one rank per core. A turn takes `SECONDS` or more; its result is the median step.
-All stay in memory: weights, moments and gradients are 16 bytes a parameter each.
+clipping, AdamW. On a GPU each model uses the fastest micro-batch that fits; on a CPU ours uses its config's, the baselines
+take the whole batch, and ours runs a second time with one rank per core. A turn takes `SECONDS` or more; its result is the
+median step, and the mean CPU time of a step over all threads and ranks.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ class Steps:
         self.optimizer.step()
 
     def seconds(self, micro: int) -> tuple[float, float]:
-        """Returns the median step of a turn, after two that are not counted, and the mean CPU time of all threads and ranks."""
+        """Takes a turn, after two steps that are not counted. Returns the median step and the mean CPU time of a step."""
         for _ in range(2):
             self.update(micro)
         times, started, cpu = [], time.perf_counter(), time.process_time()
@@ -176,7 +176,7 @@ def take_turns(c: Config, who: str, nanogpt: str | None = None):
 
 
 class Worker:
-    """A process that takes turns, and what it has reported so far."""
+    """A process that takes turns: what it has reported of them, and its row, which says why if it failed."""
 
     def __init__(self, argv: list[str], who: str):
         launch = [sys.executable]
@@ -189,49 +189,50 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True)
 
     def turn(self):
-        if "failed" in self.row:
-            return
-        with contextlib.suppress(BrokenPipeError):  # `read` finds out why
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        found = self.read()
-        if isinstance(found, dict):
-            self.row = found
-        else:
-            self.turns.append(found)
+        if not self.row:
+            with contextlib.suppress(BrokenPipeError):  # `read` finds out why
+                self.process.stdin.write("\n")
+                self.process.stdin.flush()
+            self.read()
 
     def end(self):
-        if "failed" not in self.row:
+        if not self.row:
             self.process.stdin.close()
-            self.row = self.read()
+            self.read()
         self.process.wait()
 
     def read(self):
-        """Returns the next report: seconds, or a row."""
+        """Takes the next report: that of a turn, or the row."""
         for line in self.process.stdout:
             try:
-                return json.loads(line)
+                report = json.loads(line)
             except json.JSONDecodeError:
                 print(f"{self.who}: {line}", end="", flush=True)  # the trainer's own output
+                continue
+            if isinstance(report, dict):
+                self.row = report
+            else:
+                self.turns.append(report)
+            return
         self.log.seek(0)
-        return {"failed": (self.log.read().strip().splitlines() or ["it ended without a message"])[-1]}
+        self.row = {"failed": (self.log.read().strip().splitlines() or ["it ended without a message"])[-1]}
 
 
 def compare(argv: list[str], rounds: int, nanogpt: str | None = None) -> dict:
     """Returns the results of one config, whose device is cuda or cpu; `of` maps each model to its row, see `summary`."""
     c = load(argv)
+    names = [*ON[c.device], *[NANOGPT] * bool(nanogpt), OURS, *[RANKS] * (c.device == "cpu" and torch.get_num_threads() > 1)]
+    argv = argv + [f"--nanogpt={nanogpt}"] * bool(nanogpt)
     workers = []
     try:
-        others = [NANOGPT] * bool(nanogpt)
-        argv = argv + [f"--nanogpt={nanogpt}"] * bool(nanogpt)
-        for who in [*ON[c.device], *others, OURS, *([RANKS] if c.device == "cpu" and torch.get_num_threads() > 1 else [])]:
+        for who in names:
             workers.append(Worker(argv, who))
             workers[-1].turn()  # it compiles: not counted
             workers[-1].turns.clear()
         for i in range(rounds):
             for one in workers:
                 one.turn()
-            times = [f"{one.who} {1000 * one.turns[-1][0]:.1f}" for one in workers if "failed" not in one.row]
+            times = [f"{one.who} {1000 * one.turns[-1][0]:.1f}" for one in workers if not one.row]
             print(f"round {i + 1}, ms: {', '.join(times)}", flush=True)
         for one in workers:
             one.end()
@@ -265,9 +266,8 @@ def summary(rows: dict[str, dict], tokens: int) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [
-        f"{'':<30}{'tokens/s':>10}{'ms':>9}{'/CPU s':>9}{'micro':>7}{'GB':>7}{'MFU':>7}   ours over it (quartiles); by CPU time"
-    ]
+    columns = f"{'':<30}{'tokens/s':>10}{'ms':>9}{'/CPU s':>9}{'micro':>7}{'GB':>7}{'MFU':>7}"
+    lines = [f"{columns}   ours over it (quartiles); by CPU time"]
     for who, row in result["of"].items():
         if "failed" in row:
             lines.append(f"{who:<30}{row['failed']}")

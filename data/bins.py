@@ -217,7 +217,7 @@ def batch(run: Path, step: int):
     if not path.exists() or step < 1:
         raise UserError(f"{path} --step={step}: expected the directory of a run, which has that file, and a step from 1")
     try:
-        c = from_dict(json.loads(path.read_bytes()))
+        c = from_dict({name: value for name, value in dict(json.loads(path.read_bytes())).items() if name != "op_set"})
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: not the settings of a run: {e}") from None
     data = Bin(Path(c.data) / "train.bin", c.seq_len, c.vocab_size)

@@ -142,7 +142,7 @@ def attention_dq_kernel(
     cos_ptr,  # (Tk, D/2) fp32: the table that q and k were rotated by
     sin_ptr,  # (Tk, D/2) fp32
     dqkv_ptr,  # (B, Tk, H + 2 Hkv, D): dq, then dk and dv, which the other kernel writes
-    delta_ptr,  # (B, H, stats_T) fp32: written here, read by the other kernel
+    stats_ptr,  # (B, H, stats_T, 2) fp32: lse and delta, side by side as the other kernel reads them
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     Tq, Tk, stats_T, scale,
     H: tl.constexpr,
@@ -174,7 +174,7 @@ def attention_dq_kernel(
     out = tl.load(out_ptr + rows, mask=inside[:, None], other=0.0)
     lse = tl.load(lse_ptr + stats)  # (QUERIES,)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(delta_ptr + stats, delta)
+    tl.store(stats_ptr + 2 * stats[:, None] + tl.arange(0, 2)[None, :], tl.join(lse, delta))
 
     dq = tl.zeros((QUERIES, D), tl.float32)
     first = (start + Tk - Tq).to(tl.int32)
@@ -205,8 +205,7 @@ def attention_dkdv_kernel(
     k_ptr,  # (B, Tk, Hkv, D), likewise
     v_ptr,  # (B, Tk, Hkv, D), likewise
     do_ptr,  # (B, Tq, H, D)
-    lse_ptr,  # (B, H, stats_T) fp32
-    delta_ptr,  # (B, H, stats_T) fp32
+    stats_ptr,  # (B, H, stats_T, 2) fp32
     seed_ptr,  # (B,) int64, or None
     cos_ptr,  # (Tk, D/2) fp32: the table that q and k were rotated by
     sin_ptr,  # (Tk, D/2) fp32
@@ -236,6 +235,7 @@ def attention_dkdv_kernel(
     v = tl.load(v_ptr + n[:, None] * v_stride_t + d[None, :], mask=inside, other=0.0)  # (KEYS, D)
     q_tile = i[:, None] * q_stride_t + d[None, :]  # (QUERIES, D)
     do_tile = i[:, None] * (H * D) + d[None, :]  # (QUERIES, D)
+    stats_tile = 2 * i[:, None] + tl.arange(0, 2)[None, :]  # (QUERIES, 2)
 
     dk = tl.zeros((KEYS, D), tl.float32)
     dv = tl.zeros((KEYS, D), tl.float32)
@@ -247,7 +247,7 @@ def attention_dkdv_kernel(
     for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
         q_head = q_ptr + b * q_stride_b + head * q_stride_h
         do_head = do_ptr + (b * Tq * H + head) * D
-        stats = (b * H + head) * stats_T
+        stats = stats_ptr + 2 * (b * H + head) * stats_T
         for MASKED in tl.static_range(1, -1, -1):
             for query in tl.range(begin if MASKED else full, full if MASKED else Tq, QUERIES, num_stages=1 if MASKED else None):
                 # Rows beyond Tq are loaded as zeros and contribute nothing. The tiles are transposed, keys by queries, so that
@@ -256,8 +256,7 @@ def attention_dkdv_kernel(
                 present = query + i < Tq if MASKED or RAGGED else tl.full((QUERIES,), True, tl.int1)
                 q = tl.load(q_head + row * q_stride_t + q_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
                 do = tl.load(do_head + row * (H * D) + do_tile, mask=present[:, None], other=0.0)  # (QUERIES, D)
-                lse = tl.load(lse_ptr + stats + query + i)  # (QUERIES,)
-                delta = tl.load(delta_ptr + stats + query + i)
+                lse, delta = tl.split(tl.load(stats + 2 * query + stats_tile))  # (QUERIES,)
                 s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)  # (KEYS, QUERIES)
                 p = tl.exp2(s - lse[None, :])
                 if MASKED:
@@ -281,7 +280,7 @@ def attention_dkdv_kernel(
 
 # Tiles for 16-bit types: (queries, keys, warps, stages) by head dim. The matmuls of compute capability 9 and 10 need 64 rows,
 # of keys in dk and dv. On 8 and 12 the registers of each warp hold the accumulators and fill up sooner. The queries of a dk,
-# dv tile divide those of the other two kernels, which write the padding of lse and delta that it reads.
+# dv tile divide those of the other two kernels, which write the padding of lse and stats that it reads.
 SMALLEST = (32, 32, 4, 2)
 LARGE_TILES = {
     "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 128, 4, 2), 128: (64, 64, 8, 2)},
@@ -340,7 +339,7 @@ def check(q, k, v, dropout_p, seed):
 
 
 def padded(Tq):
-    """Returns the length of a row of lse and delta: unmasked, aligned access to them is what keeps dk, dv from spilling."""
+    """Returns the length of a row of lse and of stats: unmasked, aligned access to them is what keeps dk, dv from spilling."""
     return triton.cdiv(Tq, STATS_ROWS) * STATS_ROWS
 
 
@@ -412,9 +411,10 @@ def attention_backward(
     cos, sin (Tk, D/2) fp32. Where there are fewer queries than keys, the rows of q before the first are not written.
     """
     q, k, v, do, cos, sin = rows(q), rows(k), rows(v), do.contiguous(), cos.contiguous(), sin.contiguous()
-    dqkv, delta = packed_gradient(q, k), torch.empty_like(lse)
-    launch("dq", attention_dq_kernel, q, k, v, (out, do, lse, seed, cos, sin, dqkv, delta), dropout_p)
-    launch("dkdv", attention_dkdv_kernel, q, k, v, (do, lse, delta, seed, cos, sin, dqkv), dropout_p)
+    dqkv = packed_gradient(q, k)
+    stats = lse.new_empty(*lse.shape, 2)  # side by side, one load of 64 x 2 numbers gives each of 128 threads one
+    launch("dq", attention_dq_kernel, q, k, v, (out, do, lse, seed, cos, sin, dqkv, stats), dropout_p)
+    launch("dkdv", attention_dkdv_kernel, q, k, v, (do, stats, seed, cos, sin, dqkv), dropout_p)
     return dqkv
 
 

@@ -76,8 +76,9 @@ def was_stopped(path) -> bool:
 
 
 @contextlib.contextmanager
-def begin(path: Path, config: Config, step: int) -> metrics.Metrics:
-    """Writes config.json and opens metrics.jsonl, with its rows up to `step`, and the logger that config.log_to names.
+def begin(path: Path, config: Config, step: int, op_set: str) -> metrics.Metrics:
+    """Writes config.json, the settings and the op set in use; opens metrics.jsonl, with its rows up to `step`, and the logger
+    that config.log_to names.
 
     What another run left here is moved aside first: everything for a new run, at step 0, and the checkpoints after `step` for
     one that resumes.
@@ -95,6 +96,6 @@ def begin(path: Path, config: Config, step: int) -> metrics.Metrics:
             file.rename(folder / file.name)
         print(f"moved what an earlier run left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     rows = metrics.Metrics(path / "metrics.jsonl", step)
-    atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | {"op_set": op_set}, indent=2) + "\n")
     with loggers.opened(path, config, step, rows.before) as rows.log:
         yield rows

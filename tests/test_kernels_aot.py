@@ -62,8 +62,8 @@ def kernels(capability, head_dim=64, D=768, V=32000, T=1024, GROUP=1):  # noqa: 
 
     pointers = {
         "forward": bf16("q k v out", lse="*fp32"),
-        "dq": bf16("q k v out do dqkv", lse="*fp32", delta="*fp32", cos="*fp32", sin="*fp32"),
-        "dkdv": bf16("q k v do dqkv", lse="*fp32", delta="*fp32", cos="*fp32", sin="*fp32"),
+        "dq": bf16("q k v out do dqkv", lse="*fp32", stats="*fp32", cos="*fp32", sin="*fp32"),
+        "dkdv": bf16("q k v do dqkv", stats="*fp32", cos="*fp32", sin="*fp32"),
     }
     table_of_tiles = attention.TILES[max(c for c in attention.TILES if c <= capability)]
     for name, types in pointers.items():
@@ -221,9 +221,11 @@ RESIDENT = {  # blocks per multiprocessor, at least, on sm_90; registers and sha
 
 # Instructions of all threads per (query, key) in the unmasked loop, at most. Triton's tutorial 06 has 8.03 (forward), 8.31 (dq)
 # and 10.16 (dk, dv) on sm_90, and 10.28, 11.62 and 18.72 on sm_80, where all three spill; flash-linear-attention has 11.66,
-# 9.38, 13.28 and 15.16, 12.72, 16.91.
-LOOP = {"sm_90 attention forward": 7.3, "sm_90 attention dq": 6.6, "sm_90 attention dkdv": 9.4,
-        "sm_80 attention forward": 9.6, "sm_80 attention dq": 10.7, "sm_80 attention dkdv": 15.1}  # fmt: skip
+# 9.38, 13.28 and 15.16, 12.72, 16.91. For tiles of fewer than 64 queries, as on
+# sm_80, Triton 3.6 spends more instructions than 3.7 on loading lse and delta.
+OLD = version("triton").startswith("3.6.") if importlib.util.find_spec("triton") else False
+LOOP = {"sm_90 attention forward": 7.3, "sm_90 attention dq": 6.6, "sm_90 attention dkdv": 9.0,
+        "sm_80 attention forward": 9.6, "sm_80 attention dq": 10.7, "sm_80 attention dkdv": 15.9 if OLD else 14.9}  # fmt: skip
 
 
 def test_kernels_meet_their_static_gates(table):

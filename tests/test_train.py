@@ -67,7 +67,7 @@ def test_a_run_leaves_its_directory_as_documented(settings):
     assert "ms" not in rows[1] and "mfu" not in rows[3] and rows[3]["tokens"] == 3 * 8 * 127
     state = checkpoint.load(out)
     assert state["step"] == 6 and state["data_fingerprint"] == bins.fingerprint(settings["data"])
-    assert json.loads((out / "config.json").read_text()) == state["config"]
+    assert json.loads((out / "config.json").read_text()) == state["config"] | {"op_set": state["kernels"]}
     assert "optimizer" not in checkpoint.load(out / "milestone_2.pt")
 
 
@@ -378,6 +378,7 @@ def test_the_table_of_tiles_is_recorded_and_a_resume_that_changes_it_says_so(set
     monkeypatch.setattr(kernels, "describe", lambda ops, device: "fused, tiles of sm_80")
     run(settings, max_steps=2)
     assert checkpoint.load(settings["out_dir"])["kernels"] == "fused, tiles of sm_80"
+    assert json.loads((Path(settings["out_dir"]) / "config.json").read_text())["op_set"] == "fused, tiles of sm_80"
     monkeypatch.setattr(kernels, "describe", lambda ops, device: "fused, tiles of sm_90")
     run(settings, max_steps=3)
     changed = "fused, tiles of sm_80 kernels made this checkpoint; it goes on with fused, tiles of sm_90"
