@@ -73,14 +73,15 @@ def figure_a(data, scale, file):
 
 
 def claims_a(waits, rises, fallen, seeds: str):
-    before = ", ".join(f"{x:.0%}" for x in fallen) or "none"
-    rose, waited = (", ".join(map(str, steps)) or "none" for steps in (rises, waits))
+    before, rose, waited = ", ".join(f"{x:.0%}" for x in fallen), ", ".join(map(str, rises)), ", ".join(map(str, waits))
+    flat = f"{before} of the fall of the validation loss came before copying rose{seeds}"
+    steep = f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}{seeds}"
+    late = verdict(fallen, lambda x: x >= 0.9)
+    abrupt = verdict(list(zip(rises, waits, strict=True)), lambda x: x[0] < x[1])
     return [
-        ["copying stays absent long after the loss has flattened", verdict(fallen, lambda x: x >= 0.9),
-         f"{before} of the fall of the validation loss came before copying rose{seeds}"],
-        ["when copying comes, it comes abruptly", verdict(list(zip(rises, waits, strict=True)), lambda x: x[0] < x[1]),
-         f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}{seeds}"],
-    ]  # fmt: skip
+        ["copying stays absent long after the loss has flattened", late, flat if fallen else "no seed has an onset"],
+        ["when copying comes, it comes abruptly", abrupt, steep if fallen else "no seed has an onset"],
+    ]
 
 
 @figure("b", "Batch size: steps or tokens", shared.batches)
@@ -218,8 +219,7 @@ def figure_h(data, scale, file):
         bars(ax, {treatment: changes[name] for treatment, changes in found.items()})
         ax.set(title=title, ylabel="change against base")
     save(picture, file)
-    changes = {t: ", ".join(f"{names[n]} {signed(x, 3)}" for n, x in of.items()) for t, of in found.items()}
-    text = "; ".join(f"{treatment}: {change}" for treatment, change in changes.items())
+    text = "; ".join(f"{t}: {', '.join(f'{names[n]} {signed(x, 3)}' for n, x in of.items())}" for t, of in found.items())
     claim = "open question 3: what dropout and decay do to copying and to loss, separately"
     return found | {"claims": [[claim, TOLD, text]]}
 
@@ -294,7 +294,7 @@ def figure_l(data, scale, file):
     found = {"exact": ends}
     for name, pairs in paired(data, "repeat0").items():
         found[name] = compare(pairs, scale, (scale.copying, "val_loss"))
-        masked = name == "masked"
-        title = "masking what induction predicts" if masked else f"repetition ({label(name)})"
-        claims += claims_of_treatment(title, found[name], scale, hinders=masked)
+        share = f"repeating {name.removeprefix('repeat')} of the tokens"
+        title = "masking what induction predicts" if name == "masked" else share
+        claims += claims_of_treatment(title, found[name], scale, hinders=name == "masked")
     return found | {"claims": claims}

@@ -95,7 +95,7 @@ def laws(data, scale, variants, names: dict[str, str]) -> list[tuple[str, dict |
 
 
 def law_claims(found, claim: str, judge, tail="") -> list[list[str]]:
-    return [[claim + by, judge(law), text + tail] for by, law, text in found]
+    return [[claim + by, judge(law), text + (tail if law else "")] for by, law, text in found]
 
 
 def apart(seeds, scale):

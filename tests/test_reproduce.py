@@ -351,10 +351,10 @@ def test_more_repetition_and_masking_are_judged_by_what_they_do_to_copying(tmp_p
     how = {claim: verdict for claim, verdict, _ in found}
     assert found[0][2].startswith("repeat 0.08; at the end repeat 0: 0.40, 0.40, 0.40; ")
     for by in ("(by copying)", "(by attention)"):
-        assert how[f"repetition (repeat 0.08) makes copying come earlier {by}"] == HOLDS
-        assert how[f"repetition (repeat 0.005) makes copying come earlier {by}"] == OPEN
+        assert how[f"repeating 0.08 of the tokens makes copying come earlier {by}"] == HOLDS
+        assert how[f"repeating 0.005 of the tokens makes copying come earlier {by}"] == OPEN
         assert how[f"masking what induction predicts makes copying come later {by}"] == HOLDS
-    assert how["repetition (repeat 0.32) raises the final accuracy"] == HOLDS
+    assert how["repeating 0.32 of the tokens raises the final accuracy"] == HOLDS
     assert how["masking what induction predicts lowers the final accuracy"] == HOLDS
 
 
