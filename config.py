@@ -30,10 +30,10 @@ MAY_CHANGE = {
     "compile", "kernels", "micro_batch_size",
     "init_from",  # only a new run reads it; runtime.resume refuses another source than the one that the run started from
 }  # fmt: skip
-# The settings of the model's shape that older checkpoints lack. The defaults are what they were made with.
+# The settings that older checkpoints lack. The defaults are what they were made with.
 ADDED = {
     "head_dim", "rope_factor", "rope_original_seq_len", "rope_low_freq_factor", "rope_high_freq_factor", "attention_bias",
-    "mlp_bias",
+    "mlp_bias", "mask_repeated",
 }  # fmt: skip
 # Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
 MAY_CHANGE_ON_REQUEST = {
@@ -119,6 +119,8 @@ class Config(ModelConfig):
     beta1: float = setting(0.9, "AdamW's decay of the first moment")
     beta2: float = setting(0.999, "AdamW's decay of the second moment")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
+
+    mask_repeated: bool = setting(False, "no loss where a token and its target followed each other earlier in the window")
 
     eval_interval: int = setting(1000, "updates between validations; 0: never", least=0)
     eval_batches: int = setting(4, "validation batches, of batch_size sequences each", least=1)
@@ -209,6 +211,7 @@ def load(argv: list[str]) -> Config:
 
 def changed(then: dict, now: Config) -> dict[str, tuple]:
     """Returns the settings in which a checkpoint's config differs from `now`: name -> (value then, value now)."""
+    then = {f.name: f.default for f in dataclasses.fields(now) if f.name in ADDED - SHAPE} | then
     with contextlib.suppress(UserError):  # what is missing or of the wrong type differs anyway
         then = then | dataclasses.asdict(from_checkpoint({name: then[name] for name in SHAPE & then.keys()}))
     return {name: (then.get(name), value) for name, value in dataclasses.asdict(now).items() if then.get(name) != value}

@@ -2,12 +2,13 @@
 
     python reproduce.py all --scale=tiny        on 2 CPU cores, within 90 minutes
     python reproduce.py b --scale=tiny          one figure: its runs, their scores, the picture and its part of REPORT.md
+    python reproduce.py all --scale=text        on real text, days on 2 CPU cores; --redraw draws what has finished
     python reproduce.py a --scale=gpu           llama162m on one GPU; in parts of 10 minutes: add --minutes=10, and repeat
     python reproduce.py all --scale=paper       the paper's 40 billion tokens a run, under torchrun on all GPUs of the machine
 
 Each run is train.py with settings of its own, in runs/figures/<scale>/<variant>/seed<n>. Finished runs are not repeated, and
 stopped ones resume. Each checkpoint is measured once, by the same questions, into measures.jsonl beside it. Figures and
-REPORT.md are made from these rows alone, in results/<scale>/.
+REPORT.md are made from these rows alone, in results/<scale>/, also where some of the runs are missing.
 """
 
 import sys
@@ -19,9 +20,12 @@ if __name__ == "__main__":
     exit_on_interrupt()  # importing torch takes seconds
 
 import concurrent.futures
+import functools
 import gzip
+import itertools
 import json
 import os
+import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -30,32 +34,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import ROOT
+from config import MAY_CHANGE, ROOT, Config, changed
 from data import prepare
 from files import atomic_write
 from paper.figures import FIGURES
+from paper.repetition import of_training_data
 from paper.report import write_report
 from paper.scales import SCALES, Scale
+from paper.shared import describe_runs
 from runtime import metrics
-
-
-def variants(scale: Scale) -> dict[str, dict]:
-    """The settings of each variant, by name. base is the config itself."""
-    found = {name: settings for figure in FIGURES.values() for name, settings in figure.variants(scale).items()}
-    for settings in found.values():
-        settings["micro_batch_size"] = min(settings.get("batch_size", scale.base.batch_size), scale.base.micro_batch_size)
-    return found
-
-
-def standing_for(scale: Scale, name: str) -> str:
-    """The variant whose runs serve for `name`: of those that differ from it in the number of steps alone, the longest."""
-    configs = {other: scale.load(settings) for other, settings in variants(scale).items()}
-
-    def but_steps(config):
-        return {k: v for k, v in vars(config).items() if k not in ("max_steps", "prepare")}
-
-    same = [other for other, config in configs.items() if but_steps(config) == but_steps(configs[name])]
-    return max(same, key=lambda other: configs[other].max_steps)
 
 
 @dataclass
@@ -72,14 +59,40 @@ class Runs:
     def folder(self, variant: str, seed: int) -> Path:
         return ROOT / "runs/figures" / self.name / variant / f"seed{seed}"
 
+    @functools.cached_property
+    def variants(self) -> dict[str, dict]:
+        """The settings of each variant, by name. base is the config itself."""
+        return {name: settings for figure in FIGURES.values() for name, settings in figure.variants(self.scale).items()}
+
+    @functools.cached_property
+    def configs(self) -> dict[str, Config]:
+        return {name: self.scale.load(settings) for name, settings in self.variants.items()}
+
+    def standing_for(self, name: str) -> str:
+        """The variant whose runs serve for `name`: of those that differ in the number of steps alone, the longest."""
+
+        def but_steps(config):
+            return {k: v for k, v in vars(config).items() if k not in ("max_steps", "prepare")}
+
+        same = [other for other, config in self.configs.items() if but_steps(config) == but_steps(self.configs[name])]
+        return max(same, key=lambda other: self.configs[other].max_steps)
+
     def seeds(self, variant: str) -> range:
-        return range(max(self.scale.seeds, self.scale.base_seeds if variant == "base" else 0))
+        """The seeds of the runs that serve for the variant."""
+        is_base = self.standing_for(variant) == self.standing_for("base")
+        return range(max(self.scale.seeds, self.scale.base_seeds if is_base else 0))
 
     def reached(self, file: str, variant: str, seed: int) -> bool:
         """Whether the last row of metrics.jsonl or measures.jsonl is that of the variant's last step."""
         path = self.folder(variant, seed) / file
         rows = metrics.read(path) if path.exists() else []
-        return bool(rows) and rows[-1]["step"] >= self.scale.load(variants(self.scale)[variant]).max_steps
+        return bool(rows) and rows[-1]["step"] >= self.configs[variant].max_steps
+
+    def check(self, path: Path, settings: dict, variant: str):
+        """Raises UserError if what lies there was made with other settings than the variant has now."""
+        other = changed(settings, self.configs[variant]).keys() - MAY_CHANGE - {"dtype", "seed"}
+        if other:
+            raise UserError(f"{path}: made with other settings: {', '.join(sorted(other))}; set them back, or move it away")
 
     def run(self, command: list[str], folder: Path, seconds: float | None = None) -> int:
         """Runs python with these arguments, and stops it after so many seconds. Returns its exit status; output: log.txt."""
@@ -106,13 +119,14 @@ class Runs:
         """Trains a run until its end or the deadline. Returns whether it is complete."""
         folder = self.folder(variant, seed)
         if (folder / "ckpt.pt").exists() and self.reached("metrics.jsonl", variant, seed):
+            self.check(folder, json.loads((folder / "config.json").read_text()), variant)
             return True
         left = None if self.deadline is None else self.deadline - time.monotonic()
         if self.stopping or (left is not None and left <= 0):
             return False
-        settings = self.scale.settings | variants(self.scale)[variant]
+        settings = self.scale.settings | self.variants[variant]
         argv = [self.scale.config, *(f"--{k}={v}" for k, v in settings.items() if k != "prepare"), f"--seed={seed}"]
-        every = settings.get("eval_interval", self.scale.base.eval_interval)
+        every = self.configs[variant].eval_interval
         argv += [f"--out_dir={folder}", "--copy_eval_interval=0", "--ckpt_milestones=true", f"--milestone_interval={every}"]
         gpus = torch.cuda.device_count()
         many = self.name == "paper" and gpus > 1
@@ -129,42 +143,49 @@ class Runs:
         if self.stopping or self.reached("measures.jsonl", variant, seed):
             return
         folder = self.folder(variant, seed)
-        context = min(self.scale.grid[1][0], self.scale.base.seq_len)
-        command = ["eval_copy.py", str(folder), "--over_steps", f"--samples={self.scale.samples}", f"--context={context}"]
+        command = ["eval_copy.py", str(folder), "--over_steps", f"--samples={self.scale.samples}"]
+        command += [f"--context={self.scale.context}"]
         if self.run(command, folder) and not self.stopping:
             raise self.failure(folder)
         if not self.scale.keep_weights:
             for path in folder.glob("milestone_*.pt"):
                 path.unlink()
 
+    def rows_of_seed(self, variant: str, seed: int) -> list[dict]:
+        """The rows of a run's measured steps, with the losses that training logged; [] for one that is not complete."""
+        if not self.reached("measures.jsonl", variant, seed):
+            return []
+        folder, config = self.folder(variant, seed), self.configs[variant]
+        self.check(folder, json.loads((folder / "config.json").read_text()), variant)
+        logged = {row["step"]: row for row in metrics.read(folder / "metrics.jsonl")}
+        corpus = of_training_data(config)
+        measured = metrics.read(folder / "measures.jsonl")
+        return [logged[r["step"]] | r | corpus for r in measured if "val_loss" in logged.get(r["step"], ())]
+
     def rows(self, variant: str) -> list[list[dict]]:
-        """For each seed the rows of its measured steps, up to the variant's last, with the losses that training logged.
+        """The rows of seeds 0, 1, ..., up to the variant's last step; the seeds before the first that is not complete.
 
         They are kept in results/<scale>/rows, from where figures are drawn once the runs are gone.
         """
-        stand, last = standing_for(self.scale, variant), self.scale.load(variants(self.scale)[variant]).max_steps
-        kept = self.out / "rows" / f"{stand}.json.gz"
-        if all((self.folder(stand, seed) / "measures.jsonl").exists() for seed in self.seeds(stand)):
-            found = []
-            for seed in self.seeds(stand):
-                logged = {row["step"]: row for row in metrics.read(self.folder(stand, seed) / "metrics.jsonl")}
-                measured = metrics.read(self.folder(stand, seed) / "measures.jsonl")
-                found.append([logged[r["step"]] | r for r in measured if "val_loss" in logged.get(r["step"], ())])
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(kept, gzip.compress(json.dumps(found).encode(), mtime=0))
-        elif not kept.exists():
-            raise UserError(f"{kept}: not found, and there are no runs of {stand} to draw from; leave --redraw out")
-        return [[row for row in rows if row["step"] <= last] for rows in json.loads(gzip.decompress(kept.read_bytes()))]
+        stand, last = self.standing_for(variant), self.configs[variant].max_steps
+        found = list(itertools.takewhile(bool, (self.rows_of_seed(stand, seed) for seed in self.seeds(stand))))
+        path = self.out / "rows" / f"{stand}.json.gz"
+        kept = json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {"seeds": []}
+        if len(kept["seeds"]) > len(found):
+            self.check(path, kept["config"], stand)
+            found = kept["seeds"]
+        elif found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"config": vars(self.configs[stand]), "seeds": found})
+            atomic_write(path, gzip.compress(text.encode(), mtime=0))
+        return [[row for row in rows if row["step"] <= last] for rows in found]
 
 
 def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
     """Trains and measures what the figures need, `jobs` runs at a time; False where the deadline came before the end."""
-    scale = runs.scale
-    names = dict.fromkeys(standing_for(scale, name) for letter in letters for name in FIGURES[letter].variants(scale))
-    configs = {name: scale.load(variants(scale)[name]) for name in names}
-    for config in configs.values():
-        if config.prepare and not (ROOT / config.data / "train.bin").exists():
-            prepare.prepare([*config.prepare.split(), f"--out={ROOT / config.data}"])
+    names = dict.fromkeys(runs.standing_for(name) for letter in letters for name in FIGURES[letter].variants(runs.scale))
+    for folder, arguments in {c.data: c.prepare for c in map(runs.configs.get, names) if c.prepare}.items():
+        prepare.prepare([*arguments.split(), f"--out={ROOT / folder}"])
 
     def one(pair):
         complete = runs.train(*pair)
@@ -173,13 +194,13 @@ def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
         return complete
 
     def tokens(pair):
-        c = configs[pair[0]]
+        c = runs.configs[pair[0]]
         return c.max_steps * c.batch_size * c.seq_len
 
-    pairs = sorted(((name, seed) for name in names for seed in runs.seeds(name)), key=tokens, reverse=True)
+    # Every variant gets a first seed before any gets a second. The longest come first, so that no core waits at the end.
+    pairs = sorted(((name, seed) for name in names for seed in runs.seeds(name)), key=lambda pair: (pair[1], -tokens(pair)))
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        # The longest come first, so that no core waits at the end.
         return all(list(tqdm(pool.map(one, pairs), total=len(pairs), unit="run", disable=None)))
     except BaseException:  # Ctrl-C, or a run failed: the others save, and the same command resumes them
         runs.stopping = True
@@ -191,13 +212,25 @@ def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
         pool.shutdown()
 
 
-def draw(letters: list[str], runs: Runs):
+def draw(letters: list[str], runs: Runs) -> bool:
+    """Draws the figures from what has been measured of their runs, and writes REPORT.md; False where nothing has been."""
     runs.out.mkdir(parents=True, exist_ok=True)
+    rows = functools.cache(runs.rows)
+    drawn = False
     for letter in letters:
-        data = {name: runs.rows(name) for name in FIGURES[letter].variants(runs.scale)}
-        found = FIGURES[letter].draw(data, runs.scale, runs.out / f"{letter}.png")
-        atomic_write(runs.out / f"{letter}.json", json.dumps(found, indent=1) + "\n")
-    write_report(runs.out, runs.name, runs.scale, FIGURES)
+        figure = FIGURES[letter]
+        names = figure.variants(runs.scale)
+        data = {name: seeds for name in names if (seeds := rows(name))}
+        if data:
+            found = figure.draw(data, runs.scale, runs.out / f"{letter}.png")
+            rest = [(len(runs.seeds(name)), runs.configs[name], runs.scale, figure.columns) for name in names]
+            found["runs"] = [describe_runs(name, data.get(name, []), *more) for name, more in zip(names, rest, strict=True)]
+            atomic_write(runs.out / f"{letter}.json", json.dumps(found, indent=1) + "\n")
+            drawn = True
+    if drawn:
+        there = {letter: figure for letter, figure in FIGURES.items() if figure.variants(runs.scale)}
+        write_report(runs.out, runs.name, runs.scale, there)
+    return drawn
 
 
 def main(argv: list[str]) -> int:
@@ -210,6 +243,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core, or one on GPUs)")
     parser.add_argument("--redraw", action="store_true", help="draw the figures and REPORT.md again, without training")
     args = parser.parse_args(argv)
+    os.chdir(ROOT)  # which the paths of the runs are relative to
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs={args.jobs}: expected 1 or more")
     if args.minutes is not None and not args.minutes >= 0:
@@ -221,14 +255,17 @@ def main(argv: list[str]) -> int:
     if args.figure not in (*there, "all"):
         raise UserError(f"figure {args.figure}: the scale {args.scale} has none; expected {', '.join(there)} or all")
     letters = there if args.figure == "all" else [args.figure]
-    if not args.redraw and not train_all(letters, runs, jobs):
+    complete = args.redraw or train_all(letters, runs, jobs)
+    if draw(letters, runs):
+        print(f"results/{args.scale}/REPORT.md")
+    elif args.redraw:
+        raise UserError(f"results/{args.scale}/rows: there are no measured runs to draw from; leave --redraw out")
+    if not complete:
         print("the minutes are over; the same command resumes")
-        return 3
-    draw(letters, runs)
-    print(f"results/{args.scale}/REPORT.md")
-    return 0
+    return 0 if complete else 3
 
 
 if __name__ == "__main__":
     raise_on_interrupt()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C, the runs save
     sys.exit(run_command(main, sys.argv[1:]))

@@ -40,7 +40,7 @@ from model import Llama
 from runtime import checkpoint, distributed, loggers, metrics, resume, rundir
 from runtime.compiling import compile_blocks
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
-from runtime.validation import validate
+from runtime.validation import repeated, validate
 
 
 def main(config: Config) -> int:
@@ -248,11 +248,17 @@ def update(step, model, optimizer, loss_scale: LossScale, train_bin, config: Con
     for position in range(first, last + 1, micro):  # gradient accumulation
         stop.check()
         windows = bins.window_indices(config.seed, position, micro, train_bin.n_windows)
-        x, y = distributed.on_device(train_bin.windows(windows), world.device)  # (micro, T) each
+        ids = train_bin.windows(windows)  # (micro, T+1)
+        x, y = distributed.on_device(ids, world.device)  # (micro, T) each
+        share = micro / per_rank
+        if config.mask_repeated:  # masked targets count as a loss of 0, so that the mean is the same for any split of the batch
+            masked = repeated(ids, 2)
+            y = y.masked_fill(torch.from_numpy(masked).to(world.device), -100)
+            share *= float(1 - masked.mean())
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:
-            loss = model(x, y, seed=dropout_seeds(config, position, micro, world.device)) * (micro / per_rank)
+            loss = model(x, y, seed=dropout_seeds(config, position, micro, world.device)) * share
             (loss * scale).backward()
         own += loss.detach()
     loss = world.sum(own) / world.size

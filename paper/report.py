@@ -40,23 +40,18 @@ def at_exponents(law, wanted: tuple[float, ...], near: float = 0.5) -> str:
 def law_text(law, names) -> str:
     if law is None:
         return "too few onsets to fit a law"
-    pairs = law["intervals"] or [None] * len(names)
+    pairs = law["intervals"] or [None] * len(law["exponents"])
     parts = [f"{n}^{e:.2f}{_interval(pair, '.2f')}" for n, e, pair in zip(names, law["exponents"], pairs, strict=True)]
-    never = f", {law['never']} runs without onset left out" if law["never"] else ""
-    return f"onset in steps ~ {' x '.join(parts)}{never}"
+    return f"onset in steps ~ {' x '.join(parts)}, from the {law['runs'] - law['never']} of {law['runs']} runs that have one"
 
 
 def signed(change: dict, digits=2) -> str:
-    return f"{change['mean']:+.{digits}f}{_interval(change['interval'], f'+.{digits}f')}"
+    n = len(change["values"])
+    return f"{change['mean']:+.{digits}f}{_interval(change['interval'], f'+.{digits}f')} in {n} seed{'s' * (n > 1)}"
 
 
 def _interval(pair, form: str) -> str:
     return f" ({pair[0]:{form}} to {pair[1]:{form}})" if pair else " (no interval)"
-
-
-def steps_text(starts, last: int) -> str:
-    """The onset of each seed, in their order; last: the last step of these runs."""
-    return ", ".join(f"step {x:,}" if x is not None else f"none in {last:,} steps" for x in starts)
 
 
 def listed(firsts, name: str, start: int) -> str:
@@ -64,23 +59,52 @@ def listed(firsts, name: str, start: int) -> str:
 
 
 def write_report(out: Path, name: str, scale, figures: dict):
-    """Writes REPORT.md for all figures whose JSON is in `out`: each claim, its verdict, what was measured, and the pictures."""
+    """Writes REPORT.md from the figures' JSON in `out`: each claim, its verdict, what was measured, the pictures, their runs.
+
+    What has not been measured has empty cells, and is said to be missing.
+    """
     onsets = "; ".join(f"{column} of {threshold:g} or more{by}" for by, column, threshold in scale.each_onset())
     seeds = f"{scale.seeds} seeds a variant" + (f", {scale.base_seeds} of the base" if scale.base_seeds else "")
     lines = [
         f"# What was measured at the scale `{name}`", "",
-        f"`python reproduce.py all --scale={name}`: {scale.config}, {seeds}; values are listed in the order of seeds.", "",
+        f"`python reproduce.py all --scale={name}`: {scale.config}, {seeds}; values are listed in the order of seeds. "
+        f"The copy test has a context of {scale.context} tokens.", "",
         f"Onset: the first of two consecutive evaluations with {onsets}. In brackets: 95% intervals, by Student's t over seeds "
         "for means, and by linear regression on the logarithms for exponents. A claim about an exponent holds if its interval "
-        "contains the claimed value and none 0.5 or more away, and fails if it does not contain the value.", "",
+        "contains the claimed value and none 0.5 or more away, and fails if it does not contain the value. A treatment is "
+        "compared with the base of the same seeds.", "",
         "| figure | claim | here | measured |", "|---|---|---|---|",
     ]  # fmt: skip
-    there = {letter: figure for letter, figure in figures.items() if (out / f"{letter}.json").exists()}
-    for letter in there:
-        for claim, how, text in json.loads((out / f"{letter}.json").read_text())["claims"]:
-            lines.append(f"| {letter} | {claim} | **{how}** | {text} |")
-    for letter, figure in there.items():
-        caption = " ".join(figure.draw.__doc__.split())
-        lines += ["", f"## {letter}. {figure.title}", "", f"![{figure.title}]({letter}.png)", "", caption]
+    found = {letter: json.loads(path.read_text()) for letter in figures if (path := out / f"{letter}.json").exists()}
+    for letter, figure in figures.items():
+        if letter not in found:
+            lines.append(f"| {letter} | {figure.title} | | missing: no run has been measured |")
+            continue
+        runs = found[letter].get("runs", [])
+        planned = sum(run["planned"] for run in runs)
+        missing = planned - sum(run["seeds"] for run in runs)
+        so_far = f"; {missing} of {planned} runs are missing" if missing else ""
+        lines += [f"| {letter} | {claim} | **{how}** | {text}{so_far} |" for claim, how, text in found[letter]["claims"]]
+    for letter in found:
+        title, caption = figures[letter].title, " ".join(figures[letter].draw.__doc__.split())
+        lines += ["", f"## {letter}. {title}", "", f"![{title}]({letter}.png)", "", caption, ""]
+        lines += table_of_runs(found[letter].get("runs", []))
     lines += ["", "Lines over seeds are their mean, bands reach from the lowest to the highest seed."]
     (out / "REPORT.md").write_text("\n".join(lines) + "\n")
+
+
+def table_of_runs(runs: list[dict]) -> list[str]:
+    """The rows that describe_runs returns as a table: the onset of each seed in steps, and means at the end with intervals."""
+    if not runs:
+        return []
+    numbers = ("steps", "tokens a step")
+    columns = ["runs", "seeds", *numbers, *runs[0]["onset"], *(f"{name}, at the end" for name in runs[0]["end"])]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for run in runs:
+        there, planned = run["seeds"], run["planned"]
+        cells = [run["runs"], f"{there}" if there == planned else f"{there} of {planned}, the others are missing"]
+        cells += [f"{run[name]:,}" for name in numbers]
+        cells += [", ".join("never" if x is None else f"{x:,}" for x in starts) for starts in run["onset"].values()]
+        cells += ["" if end is None else f"{end['mean']:.3f}{_interval(end['interval'], '.3f')}" for end in run["end"].values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

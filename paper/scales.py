@@ -8,18 +8,21 @@ from config import ROOT, Config, load
 
 @dataclass(frozen=True)
 class Scale:
-    """The runs at one scale. `settings` apply to every run, beside the config's own; the other values to the figures."""
+    """The runs at one scale. `settings` apply to every run, beside the config's own; the other values to the figures.
+
+    A figure whose values are empty is left out at this scale.
+    """
 
     config: str
     settings: dict
-    batches: tuple[int, ...]  # figure b
-    rates: tuple[float, ...]  # learning rates of figures c and g
-    layers: int  # figure d
-    grid: tuple[tuple[int, ...], tuple[int, ...]]  # batch sizes and contexts of figure f
-    grid_steps: tuple[int, ...]  # at each of its batch sizes
+    batches: dict[int, int]  # figure b: updates at each batch size
+    rates: tuple[float, ...]  # figures c and g: learning rates
+    layers: tuple[int, ...]  # figure d
+    grid: tuple[dict[int, int], tuple[int, ...]]  # figure f: updates at each batch size, and contexts
     threshold: float  # value of `copying` that counts as its onset
     samples: int  # of the copy test, for each checkpoint
-    warmups: tuple[int, ...] = ()  # updates, figure k, which the other scales do without
+    warmups: tuple[int, ...] = ()  # figure k: updates
+    repeats: tuple[float, ...] = ()  # figure l: shares of the training tokens in inserted copies, 0 first
     copying: str = "copy_exact_full"  # the measure of copying
     attention: float | None = None  # induction_max that counts as a second onset, by attention; None: copying alone
     keep_weights: bool = False  # after they have been measured
@@ -34,6 +37,11 @@ class Scale:
     def base(self) -> Config:
         return self.load({})
 
+    @property
+    def context(self) -> int:
+        """The context of the copy test: the shortest of all runs, so that all are asked the same questions."""
+        return min(*self.grid[1], self.base.seq_len)
+
     def each_onset(self) -> list[tuple[str, str, float]]:
         """(suffix of claims, column, threshold) for each definition of onset."""
         if self.attention is None:
@@ -44,26 +52,26 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         "configs/tiny.py", settings=dict(schedule="constant", n_heads=4, eval_batches=8),
-        batches=(8, 16, 32), rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2), layers=4,
-        grid=((16, 32, 64), (128, 256)), grid_steps=(1200, 1200, 600),
+        batches={8: 4000, 16: 2000, 32: 2000}, rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2), layers=(4,),
+        grid=({16: 1200, 32: 1200, 64: 600}, (128, 256)),
         threshold=0.3, samples=100, keep_weights=True, data="repeats --length={context}",
     ),
     "text": Scale(
-        "configs/text.py", settings=dict(schedule="constant"),
-        batches=(4, 8, 16, 32), rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), layers=8,
-        grid=((4, 8, 16), (128, 256, 512)), grid_steps=(30000, 15000, 7500), warmups=(100, 400, 1600),
+        "configs/text.py", settings=dict(schedule="constant", eval_interval=500),
+        batches={4: 30000, 8: 20000, 16: 12000, 32: 8000}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), layers=(2, 4, 8),
+        grid=({4: 20000, 8: 12000, 16: 7500}, (128, 256, 512)), warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32),
         copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
     ),
     "gpu": Scale(
         "configs/paper/gpu.py", settings={},
-        batches=(16, 32, 64), rates=(2.5e-4, 5e-4, 1e-3, 2e-3), layers=12,
-        grid=((16, 32, 64), (256, 512, 1024)), grid_steps=(8000, 8000, 8000),
+        batches={16: 16000, 32: 8000, 64: 8000}, rates=(2.5e-4, 5e-4, 1e-3, 2e-3), layers=(12,),
+        grid=({16: 8000, 32: 8000, 64: 8000}, (256, 512, 1024)),
         threshold=0.5, samples=100,
     ),
     "paper": Scale(
         "configs/llama162m.py", settings={},
-        batches=(256, 512, 1024), rates=(1e-4, 2e-4, 4e-4), layers=12,
-        grid=((256, 512, 1024), (512, 1024, 2048)), grid_steps=(76294, 76294, 76294),
+        batches={256: 152588, 512: 76294, 1024: 76294}, rates=(1e-4, 2e-4, 4e-4), layers=(12,),
+        grid=({256: 76294, 512: 76294, 1024: 76294}, (512, 1024, 2048)),
         threshold=0.2, samples=500,
     ),
 }  # fmt: skip

@@ -1,42 +1,68 @@
-"""What several figures share: their variants, the onset in their runs, and curves of measures.
+"""What several figures share: their runs, the onset in them, and curves of measures.
 
-Variants are functions of the scale and return {name of a variant: its settings, beside those of the scale}.
+The functions that name the runs of a figure take the scale and return {name of a variant: its settings, beside those of the
+scale}.
 """
 
+import math
 import re
 
-import numpy as np
-
-from paper.report import law_text, steps_text
-from paper.statistics import exponents
+from paper.report import above_zero, law_text, signed
+from paper.statistics import exponents, rounding_of_a_difference, summary
 from runtime.curves import at_the_end, onset
 from runtime.plots import lines, panels, save
+
+CORPUS = ("frequency", "reliability", "predictable")  # the measures of paper.repetition
+NAMES = {"val_loss": "validation loss", "induction_max": "best induction head"} | {name: name for name in CORPUS}
 
 
 def base(scale):
     return {"base": {}}
 
 
-def batches(scale):
-    """As many tokens as the base sees, and as many steps: both are compared."""
+def sized(scale, batch: int, context: int, steps: int) -> dict:
+    """The settings of a run of another batch size or context. It is validated on as much text as the base, and evaluated more
+    often if its updates see more tokens, by the square root of their ratio: halfway between equal steps and equal tokens.
+    """
     b = scale.base
-    steps = {batch: max(b.max_steps, b.max_steps * b.batch_size // batch) for batch in scale.batches}
-    return {f"batch{batch}": {"batch_size": batch, "max_steps": steps[batch]} for batch in scale.batches}
+    ratio = b.batch_size * b.seq_len / (batch * context)
+    return {
+        "batch_size": batch, "seq_len": context, "max_steps": steps, "eval_batches": max(round(b.eval_batches * ratio), 1),
+        "eval_interval": max(round(b.eval_interval * min(math.sqrt(ratio), 1)), 1),
+    }  # fmt: skip
+
+
+def batches(scale):
+    return {f"batch{batch}": sized(scale, batch, scale.base.seq_len, steps) for batch, steps in scale.batches.items()}
 
 
 def rates(scale, most=None):
     return {f"rate{rate:g}": {"learning_rate": rate} for rate in scale.rates[-most if most else 0 :]}
 
 
-def treatments(scale):
-    return base(scale) | {"dropout0.1": {"attn_dropout": 26 / 256}, "decay0.1": {"weight_decay": 0.1}}
+def depths(scale):
+    return {f"layers{n}": {"n_layers": n} for n in scale.layers}
+
+
+def warmups(scale):
+    return {f"warmup{n}": {"warmup_steps": n} for n in scale.warmups}
+
+
+def repeats(scale):
+    """The base's text with inserted copies, and without them, but with the targets that induction predicts left out."""
+    b = scale.base
+    found = {}
+    for share in scale.repeats:
+        other = {"data": f"{b.data}-repeat{share:g}", "prepare": f"{b.prepare} --repeat={share:g}"}
+        found[f"repeat{share:g}"] = other if share or "--repeat" in b.prepare else {}
+    return found | ({"masked": found["repeat0"] | {"mask_repeated": True}} if found else {})
 
 
 def grid(scale):
     found = {}
-    for batch, steps in zip(scale.grid[0], scale.grid_steps, strict=True):
+    for batch, steps in scale.grid[0].items():
         for context in scale.grid[1]:
-            settings = {"batch_size": batch, "seq_len": context, "max_steps": steps}
+            settings = sized(scale, batch, context, steps)
             if scale.data and context != scale.base.seq_len:
                 settings |= {"data": f"{scale.base.data}{context}", "prepare": scale.data.format(context=context)}
             found[f"batch{batch}-context{context}"] = settings
@@ -44,41 +70,54 @@ def grid(scale):
 
 
 def onsets(seeds, scale) -> list[float | None]:
+    """The onset of copying in each seed, in steps."""
     return [onset(rows, scale.threshold, scale.copying) for rows in seeds]
 
 
-def onset_text(starts, seeds) -> str:
-    return steps_text(starts, seeds[0][-1]["step"])
-
-
-def every(data) -> float:
-    """The distance of the last two evaluations of the runs, in steps."""
-    rows = next(iter(data.values()))[0]
+def every(rows) -> float:
+    """The distance of the last two evaluations of a run, in steps."""
     return rows[-1]["step"] - rows[-2]["step"] if len(rows) > 1 else 0.0
 
 
-def laws(data, scale, cells, names) -> tuple[list[tuple[str, dict | None, str]], dict]:
-    """Fits the onset in the variants of `data` as a power law of their `cells`.
+def laws(data, scale, variants, names: dict[str, str]) -> list[tuple[str, dict | None, str]]:
+    """Fits the onset in the variants of `data` as a power law of what they vary, names: {its name: the setting}.
 
-    Returns (suffix of its claims, the law, its wording) for each definition of onset, and what of it is kept as JSON.
+    Returns (suffix of its claims, the law, its wording) for each definition of onset.
     """
-    found, kept = [], {"onset": {}, "fit": []}
+    found = []
+    configs = {variant: scale.load(variants[variant]) for variant in data}
+    cells = {variant: tuple(getattr(c, name) for name in names.values()) for variant, c in configs.items()}
     for by, column, threshold in scale.each_onset():
-        starts = {variant: [onset(rows, threshold, column) for rows in seeds] for variant, seeds in data.items()}
-        each = [f"{label(variant)}: {onset_text(starts[variant], seeds)}" for variant, seeds in data.items()]
-        law = exponents(dict(zip(cells, starts.values(), strict=True)), every(data))
-        found.append((by, law, f"onset at {'; '.join(each)}; {law_text(law, names)}"))
-        kept["onset"] |= {f"{variant}{by}": x for variant, x in starts.items()}
-        kept["fit"].append(law)
-    return found, kept
+        starts = {cells[variant]: [onset(rows, threshold, column) for rows in seeds] for variant, seeds in data.items()}
+        law = exponents(starts, {cells[variant]: every(seeds[0]) for variant, seeds in data.items()})
+        found.append((by, law, law_text(law, names)))
+    return found
 
 
 def law_claims(found, claim: str, judge, tail="") -> list[list[str]]:
-    return [[claim + by, judge(law), text + tail] for by, law, text in found]
+    return [[claim + by, judge(law), text + (tail if law else "")] for by, law, text in found]
 
 
-def mean_end(seeds, name: str) -> float:
-    return float(np.mean([at_the_end(rows, name) for rows in seeds]))
+def apart(seeds, scale):
+    """The claim on how far the onsets by copying and by attention lie apart, where the scale has both."""
+    if scale.attention is None:
+        return []
+    starts = [[onset(rows, level, column) for _, column, level in scale.each_onset()] for rows in seeds]
+    waits = [copying - attention for copying, attention in starts if None not in (copying, attention)]
+    wait = summary(waits, rounding_of_a_difference(every(seeds[0]))) if waits else None
+    text = f"copying comes {signed(wait, 0)} steps after" if wait else "no seed has both"
+    return [["an induction head forms before copying comes", above_zero(wait and wait["interval"]), text]]
+
+
+def describe_runs(name: str, seeds, planned: int, config, scale, columns) -> dict:
+    """What REPORT.md says of the runs of a variant: how many there are, their onsets, and where the columns end."""
+    kinds = (scale.copying.replace("exact", "token"), scale.copying.replace("token", "exact"), "val_loss", *columns)
+    return {
+        "runs": label(name), "seeds": len(seeds), "planned": planned, "steps": config.max_steps,
+        "tokens a step": config.batch_size * config.seq_len,
+        "onset": {f"onset{by}": [onset(rows, level, column) for rows in seeds] for by, column, level in scale.each_onset()},
+        "end": {measure_name(kind): summary(at_the_end(rows, kind) for rows in seeds) if seeds else None for kind in kinds},
+    }  # fmt: skip
 
 
 def label(variant: str) -> str:
@@ -88,15 +127,17 @@ def label(variant: str) -> str:
 
 def measure_name(name: str) -> str:
     """copy_exact_full -> full, all six tokens"""
-    if name == "val_loss":
-        return "validation loss"
+    if name in NAMES:
+        return NAMES[name]
     _, kind, alphabet = name.split("_")
     return f"{alphabet}, {'all six tokens' if kind == 'exact' else 'each token'}"
 
 
 def describe(ax, name: str, axis: str):
     copying = name.startswith("copy_")
-    units = dict(ylabel="share right", ylim=(-0.03, 1.03)) if copying else dict(ylabel="nats per token")
+    units = dict(ylabel="nats per token")
+    if name != "val_loss":
+        units = dict(ylabel="share right" if copying else "attention", ylim=(-0.03, 1.03))
     xlabel = "update steps" if axis == "step" else "training tokens"
     ax.set(title="copying: " * copying + measure_name(name), xlabel=xlabel, **units)
 

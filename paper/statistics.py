@@ -19,13 +19,13 @@ def difference(name: str, pairs: list[tuple[list[dict], list[dict]]]) -> dict:
     return summary(at_the_end(treated, name) - at_the_end(plain, name) for plain, treated in pairs)
 
 
-def exponents(cells: dict[tuple[float, ...], list[float | None]], every: float = 0.0) -> dict | None:
+def exponents(cells: dict[tuple[float, ...], list[float | None]], every: dict[tuple[float, ...], float]) -> dict | None:
     """Fits onset = c * x_1^e_1 * x_2^e_2 ... by least squares on the logarithms, every seed of every cell a point.
 
-    cells: {(x_1, x_2, ...): the onset of each seed}; every: the distance of two evaluations, to which onsets are rounded. The
-    intervals are those of linear regression: t at as many degrees of freedom as there are points beyond parameters, with a
-    residual variance of at least that of the rounding; None where no point is left over. Runs without an onset cannot be
-    fitted, and `never` counts them. Returns None where an x has fewer than two values with an onset.
+    cells: {(x_1, x_2, ...): the onset of each seed}; every: the distance of two evaluations in each cell, to which onsets are
+    rounded. The intervals are those of linear regression: t at as many degrees of freedom as there are points beyond
+    parameters, with a residual variance of at least that of the rounding; None where no point is left over. Runs without an
+    onset cannot be fitted, and `never` counts them. Returns None where an x has fewer than two values with an onset.
     """
     points = [(x, onset) for x, onsets in cells.items() for onset in onsets if onset is not None]
     if not points or any(len(set(values)) < 2 for values in zip(*(x for x, _ in points), strict=True)):
@@ -37,7 +37,8 @@ def exponents(cells: dict[tuple[float, ...], list[float | None]], every: float =
     intervals = None
     if freedom > 0:
         residual = np.log(onsets) - X @ fit
-        variance = max(residual @ residual / freedom, np.mean((every / onsets) ** 2) / 12)
+        rounding = np.array([every[x] for x, _ in points]) / onsets
+        variance = max(residual @ residual / freedom, np.mean(rounding**2) / 12)
         half = t_975(freedom) * np.sqrt(variance * np.linalg.pinv(X.T @ X).diagonal())
         intervals = np.stack((fit - half, fit + half), axis=1)[1:].tolist()
     never = sum(onset is None for onsets in cells.values() for onset in onsets)

@@ -39,13 +39,16 @@ def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed
     return row
 
 
-def repeated(ids: np.ndarray) -> np.ndarray:
-    """Returns for windows (B, T+1) whether each target ends a trigram that occurred earlier in its window: (B, T) bool."""
+def repeated(ids: np.ndarray, n: int = 3) -> np.ndarray:
+    """Returns for windows (B, T+1) whether each target ends an n-gram, n = 2 or 3, that occurred earlier in its window: (B, T)
+    bool.
+    """
     B, T = ids.shape[0], ids.shape[1] - 1
-    trigrams = (ids[:, :-2] * 65536 + ids[:, 1:-1]) * 65536 + ids[:, 2:]  # (B, T-1), 48 bits each
+    ngrams = 0
+    for i in range(n):
+        ngrams = ngrams * 65536 + ids[:, i : T + 2 - n + i]  # (B, T+2-n), 16 bits a token
     again = np.zeros((B, T), dtype=bool)
-    for row, keys in enumerate(trigrams):
-        _, first = np.unique(keys, return_index=True)
-        again[row, 1:] = True
-        again[row, 1 + first] = False
+    again[:, n - 2 :] = True
+    for row, keys in zip(again, ngrams, strict=True):
+        row[n - 2 + np.unique(keys, return_index=True)[1]] = False
     return again

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 import time
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import ROOT, Config, command_line, from_dict, load, parse
+from config import ADDED, ROOT, Config, changed, command_line, from_dict, load, parse
 from errors import UserError
 
 
@@ -131,11 +132,16 @@ def test_whole_numbers_may_be_written_as_floats_and_names_of_the_file_begin_with
 
 
 def test_a_config_survives_json(tmp_path):
-    import dataclasses
     import json
 
     c = load(["--n_kv_heads=4", "--tie_embeddings=true"])
     assert from_dict(json.loads(json.dumps(dataclasses.asdict(c)))) == c
+
+
+def test_a_setting_that_older_checkpoints_lack_has_not_changed_where_it_has_its_default():
+    older = {name: value for name, value in dataclasses.asdict(Config()).items() if name not in ADDED}
+    assert changed(older, Config()) == {}
+    assert changed(older, Config(mask_repeated=True, mlp_bias=True)).keys() == {"mask_repeated", "mlp_bias"}
 
 
 def test_help_names_every_field_in_under_a_second_and_without_torch():

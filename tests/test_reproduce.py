@@ -6,51 +6,94 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
+import eval_copy
 import reproduce
+import train
 from cli import run_command
 from config import ROOT, load
-from errors import RunFailed
-from paper import figures
-from paper.report import FAILS, HOLDS, OPEN, at_exponents
+from data import prepare
+from errors import RunFailed, UserError
+from paper import figures, shared
+from paper.repetition import of_training_data, repetition
+from paper.report import FAILS, HOLDS, OPEN, TOLD, at_exponents
 from paper.scales import SCALES, Scale
+from paper.treatments import earlier
+from runtime import distributed
 from tests.conftest import heed_interrupts
 
 TEXT = SCALES["text"]
 TINY = SCALES["tiny"]
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
-def test_each_figure_has_its_variants_and_each_variant_is_a_config(scale):
-    named = reproduce.variants(scale)
+def leave_pictures_out(monkeypatch):
+    """Of what a figure does, writing its picture takes longest."""
+    for where in (figures, shared):
+        monkeypatch.setattr(where, "save", lambda picture, file: plt.close(picture))
+
+
+def planned(name):
+    return reproduce.Runs(SCALES[name], name, Path("none"))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_each_figure_has_its_variants_and_each_variant_is_a_config(name):
+    runs = planned(name)
     for letter, figure in figures.FIGURES.items():
-        assert set(figure.variants(scale)) <= set(named), letter
-    for settings in named.values():
-        config = load([str(ROOT / scale.config), *(f"--{k}={v}" for k, v in (scale.settings | settings).items())])
-        assert config.micro_batch_size <= config.batch_size and config.schedule == "constant"
+        assert set(figure.variants(runs.scale)) <= runs.configs.keys(), letter
+    for config in runs.configs.values():
+        assert config.schedule == "constant" and config.batch_size % min(config.micro_batch_size, config.batch_size) == 0
+        assert config.seq_len >= runs.scale.context
 
 
 def test_runs_that_would_be_the_same_are_run_once():
-    named = reproduce.variants(TINY)
-    stands = {name: reproduce.standing_for(TINY, name) for name in named}
+    runs = planned("tiny")
+    stands = {name: runs.standing_for(name) for name in runs.configs}
     assert stands["batch16"] == stands["rate0.005"] == stands["batch16-context128"] == "base"
     assert stands["batch32-context128"] == "batch32" and stands["batch64-context128"] == "batch64-context128"
     assert all(stands[stand] == stand for stand in stands.values())
-    most = {name: settings.get("max_steps", 2000) for name, settings in named.items()}
+    most = {name: config.max_steps for name, config in runs.configs.items()}
     assert all(most[stand] >= most[name] for name, stand in stands.items())
 
 
-def test_a_batch_sees_as_many_tokens_and_as_many_steps_as_base():
-    named = reproduce.variants(TINY)
-    assert (named["batch8"]["max_steps"], named["batch32"]["max_steps"]) == (4000, 2000)
+def test_at_every_batch_size_and_context_the_same_text_validates_and_evaluations_are_as_close_in_steps_and_tokens():
+    for runs in map(planned, SCALES):
+        base = runs.scale.base
+        for name, c in runs.configs.items():
+            if name.startswith("batch"):
+                size, bases = c.batch_size * c.seq_len, base.batch_size * base.seq_len
+                assert c.eval_batches * size == base.eval_batches * bases or c.eval_batches == 1
+                assert 0.9 < c.eval_interval / base.eval_interval / min((bases / size) ** 0.5, 1) < 1.1
 
 
-def test_the_base_may_have_more_seeds_than_the_treatments(tmp_path):
-    runs = reproduce.Runs(TEXT, "text", tmp_path)
-    assert len(runs.seeds("base")) == 5 and len(runs.seeds("rate0.001")) == 3
+def test_the_base_may_have_more_seeds_than_the_treatments():
+    runs = planned("text")
+    assert [len(runs.seeds(name)) for name in ("base", "repeat0", "warmup100", "warmup400", "repeat0.02")] == [5, 5, 5, 3, 3]
+
+
+def test_the_corpora_differ_in_inserted_copies_alone(tmp_path, corpus):
+    """The same tokenizer, the same held-out text, and the more copies, the more often an earlier token tells the next one."""
+    for i, text in enumerate(corpus * 3):
+        (tmp_path / f"{i}.txt").write_text(f"{i} {text}")
+    prepared = f"text {tmp_path} --tokenizer=bpe --vocab_size=500 --val_fraction=0.2"
+    scale = dataclasses.replace(TEXT, settings={"data": f"{tmp_path}-bins", "prepare": prepared}, repeats=(0, 0.3))
+    runs = reproduce.Runs(dataclasses.replace(scale, settings=scale.settings | {"vocab_size": 500}), "mini", tmp_path)
+    assert runs.variants["repeat0"] == {} and runs.variants["masked"] == {"mask_repeated": True}
+    configs = [runs.configs[name] for name in ("base", "repeat0.3")]
+    for c in configs:
+        prepare.prepare([*c.prepare.split(), f"--out={c.data}"])
+    plain, copies = ([(Path(c.data) / name).read_bytes() for name in ("val.bin", "tokenizer.model")] for c in configs)
+    assert plain == copies
+    a, b = map(of_training_data, configs)
+    assert all(b[name] > a[name] + 0.02 for name in a)
+    assert all(x["frequency"] * x["reliability"] <= x["predictable"] <= x["frequency"] for x in (a, b))
+    assert of_training_data(dataclasses.replace(configs[0], data="gone")) == {}
 
 
 @pytest.fixture
@@ -59,7 +102,9 @@ def runs(tmp_path, monkeypatch, dataset):
     settings = shape | dict(
         compile="off", data=str(dataset), prepare="", max_steps=7, eval_interval=2, ckpt_interval=2, schedule="constant"
     )
-    scale = Scale("configs/tiny.py", settings, (2, 4), (1e-3, 2e-3, 5e-3), 2, ((2, 4), (96, 128)), (4, 4), 0.3, 4, seeds=1)
+    scale = Scale(
+        "configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 2e-3, 5e-3), (2,), ({2: 4, 4: 4}, (96, 128)), 0.3, 4, seeds=1
+    )
     monkeypatch.setattr(reproduce.Runs, "folder", lambda self, variant, seed: tmp_path / variant / f"seed{seed}")
     return reproduce.Runs(scale, "mini", tmp_path / "results")
 
@@ -81,14 +126,72 @@ def test_a_figure_is_trained_measured_and_drawn_and_what_is_done_is_not_done_aga
 
     # The rows that the figures show are kept, and the figures can be drawn from them when the runs are gone.
     kept = json.loads(gzip.decompress((runs.out / "rows/base.json.gz").read_bytes()))
-    assert [row["step"] for row in kept[0]] == [2, 4, 6]  # those with a validation loss
+    assert [row["step"] for row in kept["seeds"][0]] == [2, 4, 6]  # those with a validation loss
     (tmp_path / "base").rename(tmp_path / "gone")
     (runs.out / "a.json").unlink()
     (runs.out / "REPORT.md").unlink()
     reproduce.draw(["a"], runs)
     assert (runs.out / "REPORT.md").read_text() == report
-    with pytest.raises(ValueError, match="rate0.001.json.gz: not found, and there are no runs of rate0.001 to draw from"):
-        reproduce.draw(["c"], runs)
+
+    # What has not been measured is said to be missing.
+    assert reproduce.draw(["c"], runs) and not reproduce.draw(["d"], runs)
+    report = (runs.out / "REPORT.md").read_text()
+    assert "| rate 0.005 | 1 | 7 | 384 | never | 0." in report
+    assert "| rate 0.001 | 0 of 1, the others are missing | 7 | 384 |  |  |  |  |\n" in report
+    assert "; 2 of 3 runs are missing |" in report and "| d | Induction heads by layer | | missing: no run" in report
+
+    # A recipe that has changed since is not mixed with them.
+    other = dataclasses.replace(runs, scale=dataclasses.replace(runs.scale, settings=runs.scale.settings | {"dim": 32}))
+    with pytest.raises(UserError, match="rows/base.json.gz: made with other settings: dim, head_dim; set them back"):
+        reproduce.draw(["a"], other)
+    (tmp_path / "gone").rename(tmp_path / "base")
+    with pytest.raises(UserError, match="base/seed0: made with other settings: dim, head_dim; set them back"):
+        reproduce.train_all(["a"], other, jobs=1)
+
+
+def test_a_scale_with_all_figures_is_interrupted_reported_resumed_and_reported_whole(tmp_path, monkeypatch, corpus):
+    """As `all --scale=text`, on a toy. The runs are calls in this process, which spares a start of Python for each."""
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(corpus):
+        (tmp_path / f"text/{i}.txt").write_text(text)
+    settings = dict(
+        data=f"{tmp_path}/bins", prepare=f"text {tmp_path}/text --val_fraction=0.2", vocab_size=257, dim=16, n_layers=1,
+        n_heads=2, hidden_dim=16, seq_len=96, batch_size=2, max_steps=4, eval_interval=2, eval_batches=1, ckpt_interval=2,
+        log_interval=1, learning_rate=3e-3, warmup_steps=1, schedule="constant", dtype="fp32",
+    )  # fmt: skip
+    scale = Scale(
+        "configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 3e-3), (1, 2), ({2: 4}, (96, 128)), 0.3, samples=2, warmups=(1, 2),
+        repeats=(0, 0.3), copying="copy_token_top128", attention=0.3, seeds=1, base_seeds=2,
+    )  # fmt: skip
+    monkeypatch.setattr(reproduce.Runs, "folder", lambda self, variant, seed: tmp_path / "runs" / variant / f"seed{seed}")
+    commands = []
+
+    def call(self, command, folder, seconds=None):
+        if len(commands) == 9:
+            commands.append("interrupt")
+            raise KeyboardInterrupt
+        commands.append(command[0])
+        if command[0] == "train.py":
+            return train.train(load(command[1:]), distributed.World(0, 1, torch.device("cpu")))
+        return eval_copy.main(command[1:])
+
+    monkeypatch.setattr(reproduce.Runs, "run", call)
+    leave_pictures_out(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # which only the main thread may call
+    letters = list(figures.FIGURES)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.train_all(letters, reproduce.Runs(scale, "mini", tmp_path / "results"), jobs=1)
+    runs = reproduce.Runs(scale, "mini", tmp_path / "results")
+    assert reproduce.draw(letters, runs)
+    report = (runs.out / "REPORT.md").read_text()
+    assert "runs are missing |" in report and ", the others are missing |" in report
+    assert reproduce.train_all(letters, runs, jobs=1) and reproduce.draw(letters, runs)
+    done = [name for name in runs.configs if runs.standing_for(name) == name for _ in runs.seeds(name)]
+    assert commands.count("train.py") == commands.count("eval_copy.py") == len(done)  # nothing was done twice
+    report = (runs.out / "REPORT.md").read_text()
+    assert "missing" not in report and report.count("| onset (by copying) | onset (by attention) |") == len(letters)
+    assert all(f"\n| {letter} | " in report for letter in letters)
+    assert "| base | 2 | 4 | 192 | never, never |" in report and "frequency, at the end | reliability, at the end |" in report
 
 
 def test_a_failed_run_ends_the_others_and_names_its_last_line(tmp_path, runs):
@@ -105,7 +208,7 @@ from cli import run_command
 from pathlib import Path
 from tests.test_reproduce import Scale
 settings = dict(data={str(dataset)!r}, prepare="", vocab_size=17, seq_len=31, compile="off", max_steps=10**6, log_interval=1)
-reproduce.SCALES["tiny"] = Scale("configs/tiny.py", settings, (2,), (1e-3,), 2, ((2,), (31,)), (4,), 0.3, 4, seeds=2)
+reproduce.SCALES["tiny"] = Scale("configs/tiny.py", settings, {{2: 4}}, (1e-3,), (2,), ({{2: 4}}, (31,)), 0.3, 4, seeds=2)
 reproduce.Runs.folder = lambda self, variant, seed: Path({str(tmp_path)!r}) / variant / f"seed{{seed}}"
 sys.exit(run_command(reproduce.main, ["a", "--jobs=1"]))
 """
@@ -144,7 +247,7 @@ def run(start, steps=2500, batch=16, level=0.9, seed=0, attention=-200):
             "step": step, "tokens": step * batch * 128, "val_loss": 4 - 2 * has, "val_loss_new": 4.1,
             "val_loss_repeated": 3.9 - 3 * has, "induction_max": 0.6 * (start is not None and step >= start + attention),
             "copy_exact_full": level * has, "copy_exact_hex16": 0.5 * level * has, "recall": 1.0 * has, "pairs": 0.4 * has,
-            "copy_token_top128": level * has,
+            "copy_token_top128": level * has, "copy_exact_top128": level * has, "copy_token_full": level * has,
             "uses_hex16": [0.95 * has, 0.9 * (has and step >= start + 300), None, 0.0], "ceiling_hex16": [0.0, 0.3, 0.9, 0.99],
             "score_mended": [[0.1, 0.0], [0.8 * has, 0.01 * rng.random()], [0.7 * (has and step >= start + 200), 0.0]],
         })  # fmt: skip
@@ -153,7 +256,6 @@ def run(start, steps=2500, batch=16, level=0.9, seed=0, attention=-200):
 
 def result(letter, data, tmp_path, scale=TINY):
     found = figures.FIGURES[letter].draw(data, scale, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     json.dumps(found)
     return found
 
@@ -166,7 +268,8 @@ def seeds(*starts, **options):
     return [run(start, seed=i, **options) for i, start in enumerate(starts)]
 
 
-def test_figures_draw_and_judge(tmp_path):
+def test_figures_draw_and_judge(tmp_path, monkeypatch):
+    leave_pictures_out(monkeypatch)
     three = seeds(800, 900, 700)
     assert claims("a", {"base": three}, tmp_path) == [FAILS, HOLDS]
     assert claims("a", {"base": seeds(None, None, None)}, tmp_path) == [OPEN, OPEN]
@@ -176,7 +279,10 @@ def test_figures_draw_and_judge(tmp_path):
     assert claims("b", {f"batch{b}": seeds(None, None, None) for b in (8, 16, 32)}, tmp_path) == [OPEN]
     late = halves | {"batch8": seeds(1600, None, None, batch=8, steps=5000), "batch32": seeds(400, None, 500, batch=32)}
     assert claims("b", late, tmp_path) == [OPEN]  # of nine runs three are missing from the law
-    faster = {f"rate{r}": seeds(s, s, s + 100, level=v) for r, s, v in ((1, 2000, 0.5), (2, 1000, 0.6), (4, 500, 0.8))}
+    faster = {
+        f"rate{r:g}": seeds(s, s, s + 100, level=v)
+        for r, s, v in zip(TINY.rates[-3:], (2000, 1000, 500), (0.5, 0.6, 0.8), strict=True)
+    }
     assert claims("c", faster, tmp_path) == [HOLDS, HOLDS]
     assert claims("c", dict(zip(faster, reversed(faster.values()), strict=True)), tmp_path) == [FAILS, FAILS]
     assert claims("d", {"layers4": three}, tmp_path) == [HOLDS]
@@ -208,20 +314,76 @@ def test_a_new_figure_takes_one_function(tmp_path, monkeypatch, runs, capsys):
     assert json.loads((tmp_path / "wide/seed0/config.json").read_text())["dim"] == 32
 
 
-def test_the_onset_is_told_twice_where_the_scale_asks_for_it(tmp_path):
+def test_the_onset_is_told_twice_where_the_scale_asks_for_it(tmp_path, monkeypatch):
+    leave_pictures_out(monkeypatch)
     data = {f"rate{r}": [run(s, attention=-400) for s in (900, 1000, 1100)] for r in TEXT.rates[-3:]}
     found = result("c", data, tmp_path, TEXT)
     assert [claim for claim, *_ in found["claims"]][:2] == [
         "a higher learning rate makes copying come earlier (by copying)",
         "a higher learning rate makes copying come earlier (by attention)",
     ]
-    assert found["onset"][f"rate{TEXT.rates[-1]} (by copying)"] == [900, 1000, 1100]
-    assert found["onset"][f"rate{TEXT.rates[-1]} (by attention)"] == [500, 600, 700]
+    described = shared.describe_runs("rate0.1", data["rate0.006"], 3, TEXT.base, TEXT, ())
+    assert described["onset"] == {"onset (by copying)": [900, 1000, 1100], "onset (by attention)": [500, 600, 700]}
+    assert claims("a", {"base": data["rate0.006"]}, tmp_path, TEXT)[2] == HOLDS  # the induction head comes first
     more = {"base": seeds(800, 900, 700, 800, 800)} | {name: seeds(500, 600, 400) for name in ("dropout0.1", "decay0.1")}
     assert claims("e", more, tmp_path, TEXT) == [HOLDS, HOLDS, OPEN] * 2  # five seeds of the base, three of each treatment
-    for letter in "abdfghijk":
-        variants = figures.FIGURES[letter].variants(TEXT)
-        assert "| measured" not in claims(letter, {name: seeds(800, 900, 700) for name in variants}, tmp_path, TEXT)
+
+
+@pytest.mark.parametrize("letter", figures.FIGURES)
+def test_every_figure_can_be_drawn_from_any_of_its_variants_and_seeds(letter, tmp_path, monkeypatch):
+    """Of the scale with all figures: whole, with no onset, with unequal numbers of seeds, and from each variant alone."""
+    figure = figures.FIGURES[letter]
+    names = list(figure.variants(TEXT))
+    whole = {name: seeds(800, 900, 700) for name in names}
+    never = {name: seeds(None, None, None) for name in names}
+    unequal = {name: found[: 1 + i % 3] for i, (name, found) in enumerate(whole.items())}
+    alone = [{name: whole[name][:1]} for name in (names[0], names[-1])]
+    assert claims(letter, unequal, tmp_path, TEXT) and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    leave_pictures_out(monkeypatch)
+    for data in (whole, never, *alone):
+        found = figure.draw(data, TEXT, tmp_path / "x.png")["claims"]
+        assert {how for _, how, _ in found} <= {HOLDS, FAILS, OPEN, TOLD} and (found or data in alone)
+
+
+def test_more_repetition_and_masking_are_judged_by_what_they_do_to_copying(tmp_path, monkeypatch):
+    leave_pictures_out(monkeypatch)
+    named = shared.repeats(TEXT)
+    data = {name: seeds(2000, 2100, 1900, level=0.4) for name in named} | {"masked": seeds(None, None, None)}
+    data |= {"repeat0.08": seeds(500, 600, 400, level=0.8), "repeat0.32": seeds(300, 400, 200, level=0.9)}
+    found = result("l", data, tmp_path, TEXT)["claims"]
+    how = {claim: verdict for claim, verdict, _ in found}
+    assert found[0][2].startswith("repeat 0.08; at the end repeat 0: 0.40, 0.40, 0.40; ")
+    for by in ("(by copying)", "(by attention)"):
+        assert how[f"repeating 0.08 of the tokens makes copying come earlier {by}"] == HOLDS
+        assert how[f"repeating 0.005 of the tokens makes copying come earlier {by}"] == OPEN
+        assert how[f"masking what induction predicts makes copying come later {by}"] == HOLDS
+    assert how["repeating 0.32 of the tokens raises the final accuracy"] == HOLDS
+    assert how["masking what induction predicts lowers the final accuracy"] == HOLDS
+
+
+def test_runs_without_an_onset_count_as_late():
+    gain, loss = {"interval": [-300, -100]}, {"interval": [100, 300]}
+    assert earlier([[900, 700]] * 3, gain) == HOLDS and earlier([[700, 900]] * 3, loss) == FAILS
+    assert earlier([[900, 700], [900, 700], [900, None]], gain) == OPEN  # that one may be late
+    assert earlier([[700, 900], [700, 900], [700, None]], loss) == FAILS
+    assert earlier([[None, 900], [700, 900], [700, 900]], loss) == OPEN
+    assert earlier([[None, 900]] * 3, None) == HOLDS and earlier([[900, None]] * 3, None) == FAILS
+    assert earlier([[None, 900], [None, None]], None) == OPEN and earlier([[None, None]] * 3, None) == OPEN
+
+
+def test_repetition_is_what_a_search_of_each_window_finds():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 12, (20, 31))
+    again = right = seen = 0
+    for row in ids.tolist():
+        for t in range(30):
+            before = [i for i in range(t) if row[i] == row[t]]
+            again += bool(before)
+            right += bool(before) and row[before[-1] + 1] == row[t + 1]
+            seen += any(row[i + 1] == row[t + 1] for i in before)
+    found = {"frequency": again / 600, "reliability": right / again, "predictable": seen / 600}
+    assert repetition(ids) == pytest.approx(found)
+    assert repetition(np.arange(20).reshape(2, 10)) == {"frequency": 0, "reliability": 0, "predictable": 0}
 
 
 def test_an_interval_too_wide_to_exclude_another_law_tells_nothing():

@@ -16,10 +16,12 @@ from runtime.validation import repeated, validate
 WORLD = distributed.World(0, 1, torch.device("cpu"))
 
 
-def test_repeated_marks_the_ends_of_trigrams_seen_before_in_the_window():
+def test_repeated_marks_the_ends_of_n_grams_seen_before_in_the_window():
     ids = np.array([[1, 2, 3, 4, 1, 2, 3, 4, 9], [5, 5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     targets = [[0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1], [0] * 8]
     assert repeated(ids).astype(int).tolist() == targets
+    bigrams = [[0, 0, 0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1, 1], [0] * 8]
+    assert repeated(ids, 2).astype(int).tolist() == bigrams
     large = np.full((1, 5), 65535) - np.array([0, 0, 0, 1, 0])
     assert repeated(large).tolist() == [[False] * 4]
 
