@@ -211,7 +211,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     alphabets = (
         "full (all ids), hex16 (0-9a-f), a number of random ids, top128 (the 128 most frequent ids of the training data), "
     )
-    alphabets += "seen (ids that are not rare), text (passages of held-out text, with --data)"
+    alphabets += "freq (ids by their frequency), seen (ids that are not rare), text (passages of held-out text, with --data)"
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")

@@ -103,7 +103,7 @@ class Run:
         path, state = resume.newest(config, self.fingerprint, world)
         distributed.check_memory(config, world.device)
         torch.manual_seed(config.seed)
-        dtype = distributed.pick_training_dtype(config, world.device, state)
+        dtype = distributed.pick_training_dtype(config, world, state)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
         self.config = config = dataclasses.replace(config, dtype=dtype, kernels=ops.__name__.removeprefix("kernels."))
         self.kernels = kernels.describe(ops, world.device)

@@ -40,6 +40,7 @@ def alphabet(vocabulary: Vocabulary, name: str) -> np.ndarray:
     hex16    the characters 0-9a-f (the paper's Figure 1), or 16 random ids where the vocabulary lacks them
     N        N random ids, always the same
     topN     the N most frequent ids of the training data
+    freq     each id as many times as it occurs in a million training tokens
     seen     ids that are not RARE in the training data
     """
     ids, hex_ids, shares = vocabulary
@@ -49,12 +50,14 @@ def alphabet(vocabulary: Vocabulary, name: str) -> np.ndarray:
         return np.array(hex_ids)
     number = name.removeprefix("top")
     n = 16 if name == "hex16" else int(number) if number.isdecimal() else 0
-    if name != "seen" and not 2 <= n <= len(ids):
-        known = "full, hex16, text, seen, N or topN"
+    if name not in ("freq", "seen") and not 2 <= n <= len(ids):
+        known = "full, hex16, text, freq, seen, N or topN"
         raise UserError(f"alphabet={name}: expected {known}, with N from 2 to the {len(ids)} ids that are not special")
     if n and not name.startswith("top"):
         return np.random.default_rng(n).permutation(ids)[:n]
     if shares is None:
         missing = "how often each id occurs in the training data is not known for this model"
         raise UserError(f"alphabet={name}: {missing}; use full, hex16 or a number of random ids")
+    if name == "freq":
+        return np.repeat(ids, np.rint(shares * 1e6).astype(int))
     return ids[shares >= RARE] if name == "seen" else ids[np.argsort(-shares, kind="stable")[:n]]

@@ -120,7 +120,7 @@ def test_alphabets():
     for name in ("65", "1", "hexx", "-3", "", "top", "top65"):
         with pytest.raises(UserError, match=f"alphabet={name}: expected full"):
             alphabet(ours, name)
-    for name in ("top16", "seen"):
+    for name in ("top16", "freq", "seen"):
         with pytest.raises(
             UserError, match=f"alphabet={name}: how often each id occurs .* is not known for this model; use full"
         ):
@@ -141,7 +141,10 @@ def test_alphabets_of_the_training_data():
     ours = vocabulary(tokenizer)
     assert list(alphabet(ours, "top4")) == [127, 126, 125, 124]  # bos is no test token
     assert list(alphabet(ours, "seen")) == list(range(1, 128))
-    assert ours.untrained(np.arange(256)) == (129, 129)
+    tests = make_tests(tokenizer, 128, 300, ["freq", "full"])
+    used, times = np.unique(tests["freq"].sequences, return_counts=True)
+    assert set(used) <= set(range(1, 128)) and times[-20:].mean() > 3 * times[:20].mean()
+    assert ours.untrained(np.unique(tests["full"].sequences)) == (129, 129)
     assert ours.untrained([0, 1, 2]) == (1, 1) and vocabulary(Bytes()).untrained([1]) is None
     assert default_alphabets(ours) == ["full", "hex16", "top128"]
     assert list(make_tests(tokenizer, 128, 3)) == ["full", "hex16", "top128"]
