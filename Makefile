@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak clean
+.PHONY: demo text test soak clean
 
 demo: .venv/demo
 	$(BIN)/python -m data.prepare repeats --out=data/tiny
 	$(BIN)/python train.py configs/tiny.py
 	$(BIN)/python eval_copy.py runs/tiny --plot runs/tiny/copy.png
 	@echo "next: $(BIN)/python eval_copy.py runs/tiny/ckpt.pt --prompt 'the quick brown fox jumps. the qui'"
+
+text: .venv/demo
+	$(BIN)/python -m data.prepare python-stdlib --tokenizer=bpe --vocab_size=2048 --out=data/text
+	$(BIN)/python train.py configs/text.py
+	$(BIN)/python eval_copy.py runs/text --data=data/text --plot=runs/text/copy.png
 
 test: .venv/test
 	$(BIN)/ruff check .

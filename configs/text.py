@@ -1,4 +1,4 @@
-"""Real text: the source of Python's standard library, 0.9 million parameters, half an hour on one CPU core.
+"""Real text: the source of Python's standard library, 0.8 million parameters, half an hour on one CPU core.
 
 The model forms an induction head after 1.5 million tokens and then copies half of the tokens of random sequences, seldom six in
 a row: docs/text.md has what was measured.
