@@ -47,6 +47,10 @@ SAMPLES = {
     "heads": (32, 2 * heads.LENGTH), "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
     "recall": (100, 2 * context.RECALL_LENGTH), "pairs": (100, 4 * context.PAIRS),
 }  # fmt: skip
+# What an existing file must begin with so that --json, --plot or --attention may replace it.
+BEGINNINGS = {
+    ".json": b'[\n {\n  "path"', ".html": b"<!doctype html>", ".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"
+}  # fmt: skip
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -196,12 +200,14 @@ def attention_page(path, text: str, args: argparse.Namespace) -> str:
 
 
 def check_output(option: str, file: str, *suffixes: str):
-    """Raises UserError before a long evaluation if its result cannot be written to `file`, or is of another kind."""
+    """Raises UserError before a long evaluation if `file` cannot be written, or would replace a file of another kind."""
     path = Path(file)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
+    if path.exists() and not path.read_bytes().startswith(BEGINNINGS[path.suffix.lower()]):
+        raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

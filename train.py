@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import math
 import shlex
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from model import Llama
 from runtime import checkpoint, distributed, loggers, metrics, resume, rundir
 from runtime.compiling import compile_blocks
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
-from runtime.validation import repeated, validate
+from runtime.validation import bits_per_byte, validate, without_repeated
 
 
 def main(config: Config) -> int:
@@ -175,9 +174,7 @@ class Run:
             _, micro = split_batch(self.config, self.world)
             windows = bins.order(0, 0, self.val_bin.n_windows)[: self.config.eval_batches * self.config.batch_size]
             row |= validate(self.model, self.val_bin, windows, micro, self.world, self.stop)
-            split = self.meta["splits"]["val"] if self.meta else {}  # bins made elsewhere have no meta.json
-            if split.get("bytes"):
-                row["val_bpb"] = row["val_loss"] / math.log(2) * split["tokens"] / split["bytes"]
+            row |= bits_per_byte(row["val_loss"], self.meta)
         if "copy" in due:
             args = (self.model, self.tokenizer, self.copy_tests)
             row |= self.stop.interruptible(lambda: eval_copy.training_row(*args) if self.world.rank == 0 else {})
@@ -247,14 +244,12 @@ def update(step, model, optimizer, loss_scale: LossScale, train_bin, config: Con
     optimizer.zero_grad()
     for position in range(first, last + 1, micro):  # gradient accumulation
         stop.check()
-        windows = bins.window_indices(config.seed, position, micro, train_bin.n_windows)
-        ids = train_bin.windows(windows)  # (micro, T+1)
+        ids = train_bin.windows(bins.window_indices(config.seed, position, micro, train_bin.n_windows))  # (micro, T+1)
         x, y = distributed.on_device(ids, world.device)  # (micro, T) each
         share = micro / per_rank
         if config.mask_repeated:  # masked targets count as a loss of 0, so that the mean is the same for any split of the batch
-            masked = repeated(ids, 2)
-            y = y.masked_fill(torch.from_numpy(masked).to(world.device), -100)
-            share *= float(1 - masked.mean())
+            y, kept = without_repeated(ids, y)
+            share *= kept
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:

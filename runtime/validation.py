@@ -1,4 +1,6 @@
-"""The loss on held-out windows: of all tokens, and of new and repeated ones separately."""
+"""The loss on held-out windows, of all tokens and of new and repeated ones separately, and which tokens are repeated."""
+
+import math
 
 import numpy as np
 import torch
@@ -37,6 +39,21 @@ def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed
     if n_new and n_old:
         row |= {"val_loss_new": new / n_new, "val_loss_repeated": old / n_old}
     return row
+
+
+def bits_per_byte(loss: float, meta: dict) -> dict:
+    """Returns {"val_bpb": `loss` (nats per token) in bits per byte of text}, or {} where meta.json does not give the bytes."""
+    split = meta["splits"]["val"] if meta else {}
+    return {"val_bpb": loss / math.log(2) * split["tokens"] / split["bytes"]} if split.get("bytes") else {}
+
+
+def without_repeated(ids: np.ndarray, y: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Returns the targets y (B, T) with -100 where induction could predict them, and the share of the others.
+
+    That is where the current token and the target occurred in this order earlier in the window (Hapax, arXiv 2511.05743).
+    """
+    masked = repeated(ids, 2)
+    return y.masked_fill(torch.from_numpy(masked).to(y.device), -100), float(1 - masked.mean())
 
 
 def repeated(ids: np.ndarray, n: int = 3) -> np.ndarray:

@@ -246,13 +246,16 @@ def test_an_interrupt_is_one_line_and_status_130(tmp_path):
     assert child.communicate(timeout=60)[1] == "interrupted\n" and child.returncode == 130
 
 
-def test_an_output_of_another_kind_or_that_cannot_be_written_is_refused_before_the_evaluation(tmp_path, capsys, monkeypatch):
+def test_no_output_replaces_a_file_of_another_kind(tmp_path, capsys, monkeypatch):
     tokenizer = Chars(20)
     save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.png").write_text("not a picture")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(eval_copy, "evaluate", lambda *_: pytest.fail("evaluated before the outputs were checked"))
     for option in (
-        f"--json={tmp_path / 'ckpt.pt'}", f"--plot={tmp_path / 'ckpt.pt'}", f"--json={tmp_path}",
+        f"--json={tmp_path / 'ckpt.pt'}", f"--json={tmp_path / 'config.json'}", f"--plot={tmp_path / 'notes.png'}",
+        f"--plot={tmp_path / 'ckpt.pt'}", f"--json={tmp_path}",
         f"--json={tmp_path / 'no/x.json'}", f"--plot={tmp_path / 'no/x.png'}", "--plot=x.xyz", "--plot=x",
     ):  # fmt: skip
         assert run_command(eval_copy.main, [str(tmp_path), option]) == 2
