@@ -289,6 +289,7 @@ LARGE_TILES = {
     "dq dropout": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
     "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
     "dkdv dropout": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
+    "dkdv grouped": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},  # 64 queries spill
 }
 SMALL_TILES = LARGE_TILES | {
     "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
@@ -296,6 +297,7 @@ SMALL_TILES = LARGE_TILES | {
     "dq dropout": dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)),
     "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
     "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: SMALLEST, 128: (32, 32, 4, 1)},
+    "dkdv grouped": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
 }
 TILES = {  # by ten times the compute capability from which they apply
     80: SMALL_TILES | {"forward": LARGE_TILES["forward"]},
@@ -322,9 +324,12 @@ def tiles(device):
     return TILES[family(device)]
 
 
-def tile(table, kernel, dtype, D, dropout_p):
-    """Returns the block sizes and launch options of a kernel. In fp32 larger accumulators spill."""
-    queries, keys, warps, stages = SMALLEST if dtype == torch.float32 else table[kernel + " dropout" * (dropout_p > 0)][D]
+def tile(table, kernel, dtype, D, dropout_p, group=1):
+    """Returns the block sizes and launch options of a kernel for `group` query heads per key head. fp32 takes the smallest:
+    larger accumulators spill.
+    """
+    way = " dropout" if dropout_p else " grouped" if group > 1 and kernel == "dkdv" else ""
+    queries, keys, warps, stages = SMALLEST if dtype == torch.float32 else table[kernel + way][D]
     return dict(QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages)
 
 
@@ -345,7 +350,7 @@ def padded(Tq):
 
 def launch(name, kernel, q, k, v, tensors, dropout_p):
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
-    options = tile(tiles(q.device), name, q.dtype, D, dropout_p)
+    options = tile(tiles(q.device), name, q.dtype, D, dropout_p, H // Hkv)
     if name == "dkdv":
         programs = B * Hkv * triton.cdiv(Tk, options["KEYS"])
         options["RAGGED"] = Tq % options["QUERIES"] != 0

@@ -68,7 +68,7 @@ def kernels(capability, head_dim=64, D=768, V=32000, T=1024, GROUP=1):  # noqa: 
     table_of_tiles = attention.TILES[max(c for c in attention.TILES if c <= capability)]
     for name, types in pointers.items():
         for dropped in (0, 26):
-            options = attention.tile(table_of_tiles, name, torch.bfloat16, head_dim, dropped / 256)
+            options = attention.tile(table_of_tiles, name, torch.bfloat16, head_dim, dropped / 256, GROUP)
             queries, keys = options.pop("QUERIES"), options.pop("KEYS")
             constants = dict(H=12, GROUP=GROUP, D=head_dim, DROPPED=dropped, QUERIES=queries, KEYS=keys, RAGGED=T % queries > 0)
             seed = dict(seed_ptr="*i64") if dropped else {}

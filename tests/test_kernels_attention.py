@@ -206,11 +206,11 @@ def test_registration_holds():
 def test_rows_that_dk_and_dv_read_are_written_by_the_other_kernels():
     """lse and delta are read unmasked, in blocks of a dk, dv tile's queries."""
     for tiles in TILES.values():
-        for dropout in ("", " dropout"):
-            for D, (queries, *_) in tiles["dkdv" + dropout].items():
+        for way in ("", " dropout", " grouped"):
+            for D, (queries, *_) in tiles["dkdv" + way].items():
                 for writer in ("forward", "dq"):
-                    written = tiles[writer + dropout][D][0]
-                    assert written % queries == 0 and STATS_ROWS % written == 0, (writer, dropout, D)
+                    written = tiles[writer + way.replace(" grouped", "")][D][0]
+                    assert written % queries == 0 and STATS_ROWS % written == 0, (writer, way, D)
 
 
 @needs_gpu
