@@ -1,9 +1,9 @@
 """The figures of reproduce.py: which runs each takes, what is drawn, and each claim with what was measured.
 
-A figure is a function of the runs' rows, {variant: [rows of seed 0, rows of seed 1, ...]}, of the scale and of the picture's
-file. The variants are those that have been measured, at least one. It returns what is kept as JSON; its "claims" are [claim,
-verdict, what was measured]. Its docstring is the caption. To add a figure, write it here under @figure, which names its runs
-and the measures that the table of its runs shows beside the usual ones.
+A figure is a function of the runs' rows, {variant: [rows of seed 0, rows of seed 1, ...]} for the variants that have been
+measured, at least one, of the scale and of the picture's file. It returns what is kept as JSON; its "claims" are [claim,
+verdict, what was measured]. Its docstring is the caption. To add a figure, write it here under @figure, which names its
+runs and the measures that its table shows beside the usual ones.
 """
 
 from collections.abc import Callable
@@ -60,21 +60,21 @@ def figure_a(data, scale, file):
 
     found = {"wait_steps": [], "rise_steps": [], "loss_fallen_before": []}
     for rows in (rows for rows, start in zip(seeds, onsets(seeds, scale), strict=True) if start is not None):
-        end = at_the_end(rows, scale.copying)
-        tenth, nine = (next(r["step"] for r in rows if r[scale.copying] >= share * end) for share in (0.1, 0.9))
+        ends = [share * at_the_end(rows, scale.copying) for share in (0.1, 0.9)]
+        tenth, nine = (next(r["step"] for r in rows if r[scale.copying] >= end) for end in ends)
         losses = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
-        first = losses[0][1]
-        before = [loss for step, loss in losses if step < tenth][-1:] or [first]
-        found["loss_fallen_before"].append((first - before[0]) / (first - min(loss for _, loss in losses)))
+        before = [losses[0], *(pair for pair in losses if pair[0] < tenth)]
+        found["loss_fallen_before"].append((losses[0][1] - before[-1][1]) / (losses[0][1] - min(loss for _, loss in losses)))
         found["wait_steps"].append(tenth)
         found["rise_steps"].append(nine - tenth)
-    claims = claims_a(*found.values(), f", in the {len(found['wait_steps'])} of {len(seeds)} seeds with an onset")
+    since = min((row["step"] for rows in seeds for row in rows if "val_loss" in row), default=0)
+    claims = claims_a(*found.values(), since, f", in the {len(found['wait_steps'])} of {len(seeds)} seeds with an onset")
     return found | {"claims": claims + shared.apart(seeds, scale)}
 
 
-def claims_a(waits, rises, fallen, seeds: str):
+def claims_a(waits, rises, fallen, since: int, seeds: str):
     before, rose, waited = ", ".join(f"{x:.0%}" for x in fallen), ", ".join(map(str, rises)), ", ".join(map(str, waits))
-    flat = f"{before} of the fall of the validation loss came before copying rose{seeds}"
+    flat = f"{before} of the fall of the validation loss after step {since} came before copying rose{seeds}"
     steep = f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}{seeds}"
     late = verdict(fallen, lambda x: x >= 0.9)
     abrupt = verdict(list(zip(rises, waits, strict=True)), lambda x: x[0] < x[1])
