@@ -23,8 +23,11 @@ OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measu
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Holds the run directory, which is made, until the block ends. Raises UserError if another run holds it."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Makes the run directory and holds it until the block ends. Raises UserError if it cannot, or if another run holds it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"out_dir={path}: {e.strerror}; name another --out_dir") from None
     lock = filelock.FileLock(path / "run.lock", timeout=1)  # longer than is_running holds it
     owner = path / "run.pid"
     try:

@@ -281,7 +281,10 @@ MISTAKES = {
     "device": (lambda s, t: flags(s, device="cudda"), ["device=cudda", "auto, cuda, mps or cpu"]),
     "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["dim=2097152", "out of memory", "a smaller model"]),
     "batch": (lambda s, t: flags(s, batch_size=1e8), ["batch_size=100000000", "only 361 sequences"]),
-    "out_dir": (lambda s, t: flags(s, out_dir=f"{s['data']}/train.bin/run"), ["train.bin/run: Not a directory"]),
+    "out_dir": (
+        lambda s, t: flags(s, out_dir=f"{s['data']}/train.bin/run"),
+        ["train.bin/run: Not a directory; name another --out_dir"],
+    ),
     "data file": (lambda s, t: flags(s, data=f"{s['data']}/train.bin"), ["is a file", "--data="]),
     "long window": (lambda s, t: flags(s, seq_len=10**6), ["tokens", "--seq_len="]),
 }
