@@ -204,10 +204,13 @@ def check_output(option: str, file: str, *suffixes: str):
     path = Path(file)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
-    if path.exists() and not path.read_bytes().startswith(BEGINNINGS[path.suffix.lower()]):
-        raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
+    if path.exists():
+        beginning = BEGINNINGS[path.suffix.lower()]
+        with path.open("rb") as old:
+            if old.read(len(beginning)) != beginning:
+                raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -28,6 +28,8 @@ def locked(path: Path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"out_dir={path}: {e.strerror}; name another --out_dir") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"out_dir={path}: cannot be written to; name another --out_dir")
     lock = filelock.FileLock(path / "run.lock", timeout=1)  # longer than is_running holds it
     owner = path / "run.pid"
     try:

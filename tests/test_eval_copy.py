@@ -255,7 +255,7 @@ def test_no_output_replaces_a_file_of_another_kind(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(eval_copy, "evaluate", lambda *_: pytest.fail("evaluated before the outputs were checked"))
     for option in (
         f"--json={tmp_path / 'ckpt.pt'}", f"--json={tmp_path / 'config.json'}", f"--plot={tmp_path / 'notes.png'}",
-        f"--plot={tmp_path / 'ckpt.pt'}", f"--json={tmp_path}",
+        f"--plot={tmp_path / 'ckpt.pt'}", f"--json={tmp_path}", f"--json={tmp_path / 'ckpt.pt/x.json'}",
         f"--json={tmp_path / 'no/x.json'}", f"--plot={tmp_path / 'no/x.png'}", "--plot=x.xyz", "--plot=x",
     ):  # fmt: skip
         assert run_command(eval_copy.main, [str(tmp_path), option]) == 2
