@@ -61,7 +61,7 @@ class Runs:
 
     @functools.cached_property
     def variants(self) -> dict[str, dict]:
-        """The settings of each variant, by name. base is the config itself."""
+        """Returns the settings of each variant, by name. base is the config itself."""
         return {name: settings for figure in FIGURES.values() for name, settings in figure.variants(self.scale).items()}
 
     @functools.cached_property
@@ -69,7 +69,7 @@ class Runs:
         return {name: self.scale.load(settings) for name, settings in self.variants.items()}
 
     def standing_for(self, name: str) -> str:
-        """The variant whose runs serve for `name`: of those that differ in the number of steps alone, the longest."""
+        """Returns the variant whose runs serve for `name`: of those that differ in the number of steps alone, the longest."""
 
         def but_steps(config):
             return {k: v for k, v in vars(config).items() if k not in ("max_steps", "prepare")}
@@ -78,12 +78,12 @@ class Runs:
         return max(same, key=lambda other: self.configs[other].max_steps)
 
     def seeds(self, variant: str) -> range:
-        """The seeds of the runs that serve for the variant."""
+        """Returns the seeds of the runs that serve for the variant."""
         is_base = self.standing_for(variant) == self.standing_for("base")
         return range(max(self.scale.seeds, self.scale.base_seeds if is_base else 0))
 
     def reached(self, file: str, variant: str, seed: int) -> bool:
-        """Whether the last row of metrics.jsonl or measures.jsonl is that of the variant's last step."""
+        """Returns whether the last row of metrics.jsonl or measures.jsonl is that of the variant's last step."""
         path = self.folder(variant, seed) / file
         rows = metrics.read(path) if path.exists() else []
         return bool(rows) and rows[-1]["step"] >= self.configs[variant].max_steps
@@ -152,7 +152,7 @@ class Runs:
                 path.unlink()
 
     def rows_of_seed(self, variant: str, seed: int) -> list[dict]:
-        """The rows of a run's measured steps, with the losses that training logged; [] for one that is not complete."""
+        """Returns the rows of a run's measured steps, with the losses that training logged; [] for one that is not complete."""
         if not self.reached("measures.jsonl", variant, seed):
             return []
         folder, config = self.folder(variant, seed), self.configs[variant]
@@ -163,7 +163,7 @@ class Runs:
         return [logged[r["step"]] | r | corpus for r in measured if "val_loss" in logged.get(r["step"], ())]
 
     def rows(self, variant: str) -> list[list[dict]]:
-        """The rows of seeds 0, 1, ..., up to the variant's last step; the seeds before the first that is not complete.
+        """Returns the rows of seeds 0, 1, ..., up to the variant's last step; the seeds before the first that is not complete.
 
         They are kept in results/<scale>/rows, from where figures are drawn once the runs are gone.
         """
@@ -213,7 +213,7 @@ def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
 
 
 def draw(letters: list[str], runs: Runs) -> bool:
-    """Draws the figures from what has been measured of their runs, and writes REPORT.md; False where nothing has been."""
+    """Draws the figures from what has been measured of their runs, and writes REPORT.md. Returns whether anything has been."""
     runs.out.mkdir(parents=True, exist_ok=True)
     rows = functools.cache(runs.rows)
     drawn = False
@@ -223,8 +223,10 @@ def draw(letters: list[str], runs: Runs) -> bool:
         data = {name: seeds for name in names if (seeds := rows(name))}
         if data:
             found = figure.draw(data, runs.scale, runs.out / f"{letter}.png")
-            rest = [(len(runs.seeds(name)), runs.configs[name], runs.scale, figure.columns) for name in names]
-            found["runs"] = [describe_runs(name, data.get(name, []), *more) for name, more in zip(names, rest, strict=True)]
+            found["runs"] = [
+                describe_runs(name, data.get(name, []), len(runs.seeds(name)), runs.configs[name], runs.scale, figure.columns)
+                for name in names
+            ]
             atomic_write(runs.out / f"{letter}.json", json.dumps(found, indent=1) + "\n")
             drawn = True
     if drawn:

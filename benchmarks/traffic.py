@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from config import Config
 from kernels import cross_entropy, fused
 from model import Llama
-from train import apply_gradients, make_optimizer
+from runtime.optim import apply_gradients, make_optimizer
 
 FREE = {f"aten.{name}" for name in "mm matmul bmm addmm _unsafe_view detach empty new_empty empty_like".split()}
 

@@ -282,22 +282,23 @@ def attention_dkdv_kernel(
 # of keys in dk and dv. On 8 and 12 the registers of each warp hold the accumulators and fill up sooner. The queries of a dk,
 # dv tile divide those of the other two kernels, which write the padding of lse and stats that it reads.
 SMALLEST = (32, 32, 4, 2)
+FEW_QUERIES = {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)}
 LARGE_TILES = {
     "forward": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 128, 4, 2), 128: (64, 64, 8, 2)},
     "forward dropout": {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
     "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 128, 4, 2), 128: (64, 32, 4, 2)},
     "dq dropout": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
     "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
-    "dkdv dropout": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
-    "dkdv grouped": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},  # 64 queries spill
+    "dkdv dropout": FEW_QUERIES,
+    "dkdv grouped": FEW_QUERIES,  # 64 spill
 }
 SMALL_TILES = LARGE_TILES | {
     "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
     "dq": LARGE_TILES["dq dropout"],
     "dq dropout": dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)),
-    "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
+    "dkdv": FEW_QUERIES | {128: (32, 32, 4, 1)},
     "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: SMALLEST, 128: (32, 32, 4, 1)},
-    "dkdv grouped": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 1)},
+    "dkdv grouped": FEW_QUERIES | {128: (32, 32, 4, 1)},
 }
 TILES = {  # by ten times the compute capability from which they apply
     80: SMALL_TILES | {"forward": LARGE_TILES["forward"]},

@@ -13,7 +13,7 @@ WINDOWS = 1000
 
 
 def repetition(ids: np.ndarray) -> dict[str, float]:
-    """What windows (B, T+1) of token ids offer to an induction head, over all B * T targets.
+    """Returns what windows (B, T+1) of token ids offer to an induction head, over all B * T targets.
 
     frequency: the share of targets whose current token, the one before, occurred earlier in the window
     reliability: among these, how often what followed its latest occurrence is the target
@@ -34,7 +34,7 @@ def repetition(ids: np.ndarray) -> dict[str, float]:
 
 @functools.cache
 def of_training_data(config: Config) -> dict[str, float]:
-    """The repetition in windows of a run's training data, drawn at random; {} where the data are gone."""
+    """Returns the repetition in windows of a run's training data, drawn at random; {} where the data are gone."""
     path = ROOT / config.data / "train.bin"
     if not Path(path).exists():
         return {}

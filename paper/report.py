@@ -7,7 +7,7 @@ HOLDS, FAILS, OPEN, TOLD = "holds", "fails", "cannot be told", "measured"
 
 
 def verdict(cases: list, law) -> str:
-    """Whether the law holds in all cases; it cannot be told where it holds in some of them, or where there are none."""
+    """Returns whether the law holds in all cases; it cannot be told where it holds in some of them, or where there are none."""
     found = {bool(law(case)) for case in cases}
     return OPEN if len(found) != 1 else HOLDS if found.pop() else FAILS
 
@@ -21,15 +21,15 @@ def below_zero(interval) -> str:
 
 
 def intervals(law) -> list[list[float]]:
-    """The intervals of the exponents of a fitted law; [] where they cannot be trusted, because more than a quarter of the runs,
-    the late ones, had no onset.
+    """Returns the intervals of the exponents of a fitted law; [] where they cannot be trusted, because more than a quarter
+    of the runs, the late ones, had no onset.
     """
     return (law["intervals"] or []) if law and 4 * law["never"] <= law["runs"] else []
 
 
 def at_exponents(law, wanted: tuple[float, ...], near: float = 0.5) -> str:
-    """Whether the law has the wanted exponents: it has where each interval holds its exponent and nothing that is `near` or
-    more away from it, and it has not where one interval excludes its exponent. A wider interval tells nothing.
+    """Returns whether the law has the wanted exponents: it has where each interval holds its exponent and nothing that is
+    `near` or more away from it, and it has not where one interval excludes its exponent. A wider interval tells nothing.
     """
     found = list(zip(intervals(law), wanted, strict=False))
     if any(not low <= e <= high for (low, high), e in found):
@@ -94,7 +94,7 @@ def write_report(out: Path, name: str, scale, figures: dict):
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:
-    """The rows that describe_runs returns as a table: the onset of each seed in steps, and means at the end with intervals."""
+    """Returns the rows of describe_runs as a table: the onset of each seed in steps, and means at the end with intervals."""
     if not runs:
         return []
     numbers = ("steps", "tokens a step")

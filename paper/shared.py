@@ -21,8 +21,10 @@ def base(scale):
 
 
 def sized(scale, batch: int, context: int, steps: int) -> dict:
-    """The settings of a run of another batch size or context. It is validated on as much text as the base, and evaluated more
-    often if its updates see more tokens, by the square root of their ratio: halfway between equal steps and equal tokens.
+    """Returns the settings of a run of another batch size or context.
+
+    It is validated on as much text as the base, and evaluated more often if its updates see more tokens, by the square root of
+    their ratio: halfway between equal steps and equal tokens.
     """
     b = scale.base
     ratio = b.batch_size * b.seq_len / (batch * context)
@@ -49,7 +51,7 @@ def warmups(scale):
 
 
 def repeats(scale):
-    """The base's text with inserted copies, and without them, but with the targets that induction predicts left out."""
+    """Returns the base with more and more inserted copies, and without any, but with no loss on what induction predicts."""
     b = scale.base
     found = {}
     for share in scale.repeats:
@@ -70,12 +72,12 @@ def grid(scale):
 
 
 def onsets(seeds, scale) -> list[float | None]:
-    """The onset of copying in each seed, in steps."""
+    """Returns the onset of copying in each seed, in steps."""
     return [onset(rows, scale.threshold, scale.copying) for rows in seeds]
 
 
 def every(rows) -> float:
-    """The distance of the last two evaluations of a run, in steps."""
+    """Returns the distance of the last two evaluations of a run, in steps."""
     return rows[-1]["step"] - rows[-2]["step"] if len(rows) > 1 else 0.0
 
 
@@ -99,18 +101,18 @@ def law_claims(found, claim: str, judge, tail="") -> list[list[str]]:
 
 
 def apart(seeds, scale):
-    """The claim on how far the onsets by copying and by attention lie apart, where the scale has both."""
+    """Returns the claim on how far the onsets by copying and by attention lie apart, where the scale has both."""
     if scale.attention is None:
         return []
     starts = [[onset(rows, level, column) for _, column, level in scale.each_onset()] for rows in seeds]
     waits = [copying - attention for copying, attention in starts if None not in (copying, attention)]
     wait = summary(waits, rounding_of_a_difference(every(seeds[0]))) if waits else None
-    text = f"copying comes {signed(wait, 0)} steps after" if wait else "no seed has both"
+    text = f"onset by copying minus onset by attention, in steps: {signed(wait, 0)}" if wait else "no seed has both"
     return [["an induction head forms before copying comes", above_zero(wait and wait["interval"]), text]]
 
 
 def describe_runs(name: str, seeds, planned: int, config, scale, columns) -> dict:
-    """What REPORT.md says of the runs of a variant: how many there are, their onsets, and where the columns end."""
+    """Returns a row of REPORT.md on a variant: how many runs there are, their onsets, and the columns' values at the end."""
     kinds = (scale.copying.replace("exact", "token"), scale.copying.replace("token", "exact"), "val_loss", *columns)
     return {
         "runs": label(name), "seeds": len(seeds), "planned": planned, "steps": config.max_steps,

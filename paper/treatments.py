@@ -14,19 +14,22 @@ OPPOSITE = {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}
 
 
 def treatments(scale):
-    """The variants of the figures on dropout and weight decay, as in paper.shared."""
+    """Returns the variants of the figures on dropout and weight decay, as in paper.shared."""
     return base(scale) | {name: settings for name, (_, settings) in TREATMENTS.items()}
 
 
 def paired(data, without: str) -> dict[str, list[tuple]]:
-    """The rows of the runs without and with each treatment, for each seed that both have; {} if `without` has none."""
+    """Returns the rows of the runs without and with each treatment, for each seed that both have; {} if `without` has none."""
     pairs = {name: zip(data.get(without, ()), seeds, strict=False) for name, seeds in data.items() if name != without}
     return {name: found for name, both in pairs.items() if (found := list(both))}
 
 
 def compare(pairs, scale, columns) -> dict:
-    """What a treatment changes: {"onset" + suffix: {"starts": the onsets of each pair, "change": their mean difference over the
-    pairs that have both, None if there are none}, column: the difference at the end}.
+    """Returns what a treatment changes.
+
+    "onset" + suffix: {"starts": the onsets of each pair, "change": their mean difference over the pairs that have both, None if
+        there are none}
+    column: the difference at the end
     """
     found = {}
     for by, column, threshold in scale.each_onset():
@@ -38,8 +41,10 @@ def compare(pairs, scale, columns) -> dict:
 
 
 def earlier(starts, change) -> str:
-    """Whether a treatment makes the onset come earlier. Runs that have none count as later: where there are more of them with
-    the treatment, the others cannot show that it is earlier, nor later where there are more of them without it.
+    """Returns the verdict on whether a treatment makes the onset come earlier.
+
+    Runs that have none count as later: where there are more of them with the treatment, the others cannot show that it is
+    earlier, nor later where there are more of them without it.
     """
     without, treated = (sum(x is None for x in side) for side in zip(*starts, strict=True))
     if change is None:
@@ -49,7 +54,7 @@ def earlier(starts, change) -> str:
 
 
 def claims_of_treatment(title: str, found: dict, scale, hinders=False) -> list[list[str]]:
-    """The claims that a treatment makes copying come earlier and end stronger; that it hinders copying, later and weaker."""
+    """Returns the claims that a treatment makes copying come earlier and end stronger; if it `hinders`, later and weaker."""
     sooner, better = ("later", "lowers") if hinders else ("earlier", "raises")
     judged = OPPOSITE if hinders else {how: how for how in OPPOSITE}
     claims = []

@@ -41,8 +41,8 @@ def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed
     return row
 
 
-def bits_per_byte(loss: float, meta: dict) -> dict:
-    """Returns {"val_bpb": `loss` (nats per token) in bits per byte of text}, or {} where meta.json does not give the bytes."""
+def bits_per_byte(loss: float, meta: dict | None) -> dict:
+    """Returns {"val_bpb": the loss, given in nats per token, in bits per byte of text}, or {} if the bytes are unknown."""
     split = meta["splits"]["val"] if meta else {}
     return {"val_bpb": loss / math.log(2) * split["tokens"] / split["bytes"]} if split.get("bytes") else {}
 
