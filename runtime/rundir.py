@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import filelock
@@ -77,6 +78,8 @@ def was_stopped(path) -> bool:
         return False
     if os.environ.get("RANK") == "0":
         print(f"{path}: a signal stopped this run; it is not restarted", flush=True)
+    else:
+        time.sleep(10)  # torchrun ends every rank as soon as one has ended, and rank 0 must not be ended before it has printed
     return True
 
 
