@@ -153,7 +153,7 @@ class Run:
                 self.step += 1
         except distributed.Stopped:
             return self.save_and_exit()
-        world.say(f"saved {self.out / 'ckpt.pt'}; next: python eval_copy.py {self.out / 'ckpt.pt'}")
+        world.say(f"saved {self.out / 'ckpt.pt'}; next: python eval_copy.py {shlex.quote(str(self.out / 'ckpt.pt'))}")
         return 0
 
     def read_stats(self) -> dict:

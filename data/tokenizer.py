@@ -9,6 +9,7 @@ import hashlib
 import heapq
 import io
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -166,6 +167,7 @@ def train_bpe(texts, vocab_size: int) -> bytes:
         )
     except RuntimeError as e:  # it names the lowest or highest size that this text allows
         reason = " ".join(str(e).split("] ")[-1].split())
+        reason = re.sub(" or decrease character_coverage .*? option", "", reason)  # which is no option here
         raise UserError(f"--vocab_size={vocab_size}: {reason} Or pass --tokenizer=bytes") from None
     return model.getvalue()
 
