@@ -9,7 +9,8 @@ from config import Config
 from errors import UserError, about
 from runtime import checkpoint
 
-AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
+# With another of these the same weights are the same function of the same text.
+AS_IT_IS = {"seq_len", "attn_dropout", "label_smoothing"}
 
 
 def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
