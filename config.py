@@ -33,12 +33,11 @@ MAY_CHANGE = {
 # The settings that older checkpoints lack. The defaults are what they were made with.
 ADDED = {
     "head_dim", "rope_factor", "rope_original_seq_len", "rope_low_freq_factor", "rope_high_freq_factor", "attention_bias",
-    "mlp_bias", "mask_repeated", "label_smoothing",
+    "mlp_bias", "mask_repeated",
 }  # fmt: skip
 # Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
 MAY_CHANGE_ON_REQUEST = {
     "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
-    "label_smoothing",
 }  # fmt: skip
 
 
@@ -68,7 +67,6 @@ class ModelConfig:
     attention_bias: bool = setting(False, "biases in the projections of attention")
     mlp_bias: bool = setting(False, "biases in the projections of the feed-forward layer")
     attn_dropout: float = setting(0.0, "share of attention probabilities dropped in training, rounded to 1/256")
-    label_smoothing: float = setting(0.0, "share of each target's probability spread evenly over all ids in training")
 
     def __post_init__(self):
         if self.n_kv_heads == 0:
@@ -89,7 +87,6 @@ class ModelConfig:
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         _check(self, "rope_low_freq_factor", low < high, f"must be below rope_high_freq_factor={high}")
         _check(self, "attn_dropout", 0 <= self.attn_dropout <= 255 / 256, "must lie in 0..255/256")
-        _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
 
     @property
     def n_parameters(self) -> int:

@@ -161,17 +161,8 @@ class Llama(nn.Module):
         return self.lm_head(x) if targets is None else self.loss(x, targets)
 
     def loss(self, x, targets):
-        """The mean loss over the targets (B, T) that are not -100, given x (B, T, D) as `hidden` returns it.
-
-        In training, label_smoothing (Szegedy et al. 2016) adds its share of (logit of the target - mean logit).
-        """
-        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight.to(x.dtype)
-        loss = self.ops.linear_cross_entropy(x, weight, targets)
-        if self.training and self.config.label_smoothing:
-            kept = targets != -100
-            gap = (x * (F.embedding(targets * kept, weight) - weight.mean(0))).sum(-1, dtype=torch.float32)  # (N,)
-            loss = loss + self.config.label_smoothing * (gap * kept).sum() / kept.sum().clamp(min=1)
-        return loss
+        """The mean loss over the targets (B, T) that are not -100, given x (B, T, D) as `hidden` returns it."""
+        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
 
     @torch.no_grad()
     def attention_maps(self, tokens):

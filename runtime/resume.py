@@ -9,8 +9,7 @@ from config import Config
 from errors import UserError, about
 from runtime import checkpoint
 
-# With another of these the same weights are the same function of the same text.
-AS_IT_IS = {"seq_len", "attn_dropout", "label_smoothing"}
+AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
 
 
 def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
@@ -178,21 +177,6 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits():
     log_p = model(tokens).double().log_softmax(-1)[kept]
     expected = -log_p.gather(1, targets[kept][:, None]).mean()
     torch.testing.assert_close(model(tokens, targets).double(), expected, rtol=1e-6, atol=0)
-
-
-def test_label_smoothing_is_torchs_and_of_training_alone():
-    model, tokens, targets = llama(label_smoothing=0.1), some_tokens(), some_tokens(seed=1)
-    targets[:, ::3] = -100
-
-    def loss_and_gradients(loss):
-        return loss, *torch.autograd.grad(loss, list(model.parameters()))
-
-    with torch.no_grad():
-        assert torch.equal(model(tokens, targets), llama()(tokens, targets))
-    model.train()
-    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), label_smoothing=0.1)
-    for a, b in zip(loss_and_gradients(model(tokens, targets)), loss_and_gradients(expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_transformers_llama_is_usable_from_the_projects_root():
