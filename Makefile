@@ -10,8 +10,8 @@ demo: .venv/demo
 	$(BIN)/python eval_copy.py runs/tiny --plot runs/tiny/copy.png
 	@echo "next: $(BIN)/python eval_copy.py runs/tiny/ckpt.pt --prompt 'the quick brown fox jumps. the qui'"
 
-text: .venv/demo
-	$(BIN)/python -m data.prepare python-stdlib --tokenizer=bpe --vocab_size=2048 --out=data/text
+text: .venv/places
+	$(BIN)/python -m data.prepare python-and-places --tokenizer=bpe --vocab_size=2048 --out=data/text
 	$(BIN)/python train.py configs/text.py
 	$(BIN)/python eval_copy.py runs/text --data=data/text --plot=runs/text/copy.png
 
@@ -26,6 +26,10 @@ soak: .venv/test
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/places: .venv/demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[places]'
 	touch $@
 
 .venv/test: .venv/demo

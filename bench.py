@@ -8,7 +8,7 @@
     python bench.py bytes [CONFIG.py] [--name=value ...]       bytes that a training step moves outside of matmuls, per kernel
     python bench.py data                    data.prepare on this Python's standard library, against encode() in a bare loop
 
-On a GPU `train` takes llama162m at a batch of 64 and `copy` copyrun; on a CPU tiny and pycode, and tiny. --name=value changes
+On a GPU `train` takes llama162m at a batch of 64 and `copy` copyrun; on a CPU tiny and text, and tiny. --name=value changes
 a setting. The modules in benchmarks/ say what is measured and how.
 """
 
@@ -22,7 +22,7 @@ from config import ROOT, load
 
 CONFIGS = {
     ("train", "cuda"): ["configs/llama162m.py"],
-    ("train", "cpu"): ["configs/tiny.py", "configs/pycode.py"],
+    ("train", "cpu"): ["configs/tiny.py", "configs/text.py"],
     ("copy", "cuda"): ["configs/copyrun.py"],
     ("copy", "cpu"): ["configs/tiny.py"],
 }

