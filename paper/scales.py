@@ -57,7 +57,11 @@ SCALES = {
         threshold=0.3, samples=100, keep_weights=True, data="repeats --length={context}",
     ),
     "text": Scale(
-        "configs/text.py", settings=dict(schedule="constant", max_steps=6000, eval_interval=500),
+        "configs/text.py",
+        settings=dict(
+            schedule="constant", max_steps=6000, eval_interval=500,
+            data="data/stdlib", prepare="python-stdlib --tokenizer=bpe --vocab_size=2048",
+        ),
         batches={4: 6000, 8: 4000, 16: 3500, 32: 3000}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), layers=(2, 4, 8),
         grid=({4: 5000, 8: 4000, 16: 3000}, (128, 256, 512)), warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32),
         copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
