@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims, the wording of what was measured, and REPORT.md."""
 
 import json
+import shlex
 from pathlib import Path
 
 HOLDS, FAILS, OPEN, TOLD = "holds", "fails", "cannot be told", "measured"
@@ -64,11 +65,12 @@ def write_report(out: Path, name: str, scale, figures: dict):
     What has not been measured has empty cells, and is said to be missing.
     """
     onsets = "; ".join(f"{column} of {threshold:g} or more{by}" for by, column, threshold in scale.each_onset())
+    settings = "".join(f" --{name}={shlex.quote(str(value))}" for name, value in scale.settings.items())
     seeds = f"{scale.seeds} seeds a variant" + (f", {scale.base_seeds} of the base" if scale.base_seeds else "")
     lines = [
         f"# What was measured at the scale `{name}`", "",
-        f"`python reproduce.py all --scale={name}`: {scale.config}, {seeds}; values are listed in the order of seeds. "
-        f"The copy test has a context of {scale.context} tokens.", "",
+        f"`python reproduce.py all --scale={name}`: `{scale.config}{settings}`, {seeds}; values are listed in the order of "
+        f"seeds. The copy test has a context of {scale.context} tokens.", "",
         f"Onset: the first of two consecutive evaluations with {onsets}. In brackets: 95% intervals, by Student's t over seeds "
         "for means, and by linear regression on the logarithms for exponents. A claim about an exponent holds if its interval "
         "contains the claimed value and none 0.5 or more away, and fails if it does not contain the value. A treatment is "
