@@ -12,12 +12,17 @@ stays the same when the source grows. Repeating a command whose dataset is there
 interrupted resumes it, and ends with the same bytes.
 """
 
+import sys
+
+if __name__ == "__main__" and not __package__:
+    print("expected: python -m data.prepare, from the project's folder", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import hashlib
 import inspect
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 

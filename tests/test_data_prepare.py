@@ -277,6 +277,11 @@ def test_places_without_their_package_name_the_remedy(monkeypatch):
         sources.python_and_places()
 
 
+def test_the_command_by_its_file_name_is_told_how_it_is_run():
+    done = subprocess.run([sys.executable, "data/prepare.py", "repeats"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "expected: python -m data.prepare, from the project's folder\n")
+
+
 def test_a_source_takes_its_own_options_only():
     for argv in (
         ["repeats", "--tokenizer=bpe"],
