@@ -191,10 +191,15 @@ def _ctrl_c_later():
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # the mask is this thread's: another may take it
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(tokenizer_state, settings):
