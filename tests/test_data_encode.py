@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -168,3 +170,21 @@ def test_copies_depend_on_the_text_and_the_seed_alone_and_documents_held_out_get
     cut = [encode.encode(Distinct(), documents[i : i + 7], Settings(0.2, 0, 0.1)) for i in range(0, 100, 7)]
     assert np.concatenate([out.ids["train"] for out in cut]).tolist() == copies.ids["train"].tolist()
     assert sum(out.counts["copied"]["train"] for out in cut) == copies.counts["copied"]["train"]
+
+
+def test_a_ctrl_c_that_another_thread_takes_is_kept_to_the_end_of_the_block():
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()  # before the block, so that its mask lets the signal through
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = False
+    try:
+        with pytest.raises(KeyboardInterrupt), encode._ctrl_c_later():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            reached = True
+    finally:
+        signal.signal(signal.SIGINT, before)
+        done.set()
+        thread.join()
+    assert reached
