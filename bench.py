@@ -34,8 +34,10 @@ def each_config(args, settings: list[str]) -> dict:
     from runtime import distributed
 
     kind = "cuda" if distributed.pick_device(load(settings).device).type == "cuda" else "cpu"
-    batch = ["--batch_size=64"] if args.what == "train" and kind == "cuda" else []
-    settings = [*batch, *settings, f"--device={kind}"]
+    ours = ["--optimizer=adamw"] if args.what == "train" else []  # as all baselines have
+    if ours and kind == "cuda":
+        ours.append("--batch_size=64")
+    settings = [*ours, *settings, f"--device={kind}"]
     configs = args.configs or [str(ROOT / name) for name in CONFIGS[args.what, kind]]
     for config in configs:
         load([config, *settings])  # a mistake is reported before anything is timed

@@ -65,11 +65,11 @@ def write_report(out: Path, name: str, scale, figures: dict):
     What has not been measured has empty cells, and is said to be missing.
     """
     onsets = "; ".join(f"{column} of {threshold:g} or more{by}" for by, column, threshold in scale.each_onset())
-    settings = "".join(f" --{name}={shlex.quote(str(value))}" for name, value in scale.settings.items())
+    command = shlex.join([scale.config, *(f"--{k}={v}" for k, v in scale.settings.items())])
     seeds = f"{scale.seeds} seeds a variant" + (f", {scale.base_seeds} of the base" if scale.base_seeds else "")
     lines = [
         f"# What was measured at the scale `{name}`", "",
-        f"`python reproduce.py all --scale={name}`: `{scale.config}{settings}`, {seeds}; values are listed in the order of "
+        f"`python reproduce.py all --scale={name}`: `{command}`, {seeds}; values are listed in the order of "
         f"seeds. The copy test has a context of {scale.context} tokens.", "",
         f"Onset: the first of two consecutive evaluations with {onsets}. In brackets: 95% intervals, by Student's t over seeds "
         "for means, and by linear regression on the logarithms for exponents. A claim about an exponent holds if its interval "

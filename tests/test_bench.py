@@ -253,6 +253,15 @@ def test_a_mistake_is_one_line():
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
 
 
+def test_training_steps_are_compared_under_the_baselines_optimizer(monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "compare", lambda argv, *_: seen.append(load(argv).optimizer) or {})
+    monkeypatch.setattr(training, "table", lambda result: "")
+    for given in ([], ["--optimizer=muon"]):
+        assert bench.main(["train", str(ROOT / "configs/text.py"), "--device=cpu", *given]) == 0
+    assert seen == ["adamw", "muon"]
+
+
 def test_ctrl_c_is_one_line_and_leaves_no_process_behind():
     command = [sys.executable, "bench.py", "train", *ARGV, "--rounds=1000"]
     pipe = subprocess.PIPE
