@@ -129,8 +129,8 @@ def check(args: dict, out: Path, processes: int):
         raise UserError(f"--val_fraction={args['val_fraction']}: expected a share above 0 and below 1, such as 0.01")
     if processes < 1:
         raise UserError(f"--processes={processes}: expected 1 or more")
-    if not 0 <= args.get("repeat", 0) <= 0.5:
-        raise UserError(f"--repeat={args['repeat']}: expected a share from 0 to 0.5, such as 0.02")
+    if not 0 <= args.get("repeat", 0) <= 0.9:
+        raise UserError(f"--repeat={args['repeat']}: expected a share from 0 to 0.9, such as 0.02")
     if not args.get("repeat"):
         args.pop("repeat", None)  # older datasets do not have it
     tokenizer = args.get("tokenizer")

@@ -132,7 +132,7 @@ class Distinct(Bytes):
         return np.arange(int(text.split()[0]))
 
 
-@pytest.mark.parametrize("share", [0.005, 0.02, 0.08, 0.5])
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.08, 0.5, 0.9])
 def test_the_share_asked_for_lies_in_passages_of_20_to_100_tokens_copied_from_shortly_before(share):
     rng = np.random.default_rng(0)
     total = copied = 0

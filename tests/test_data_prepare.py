@@ -233,7 +233,7 @@ def test_a_source_takes_its_own_options_only():
         ["python-stdlib", "--vocab_size=2048"],  # the default of --tokenizer=bpe
         ["repeats", "--val_fraction=0"],
         ["repeats", "--processes=0"],
-        ["python-stdlib", "--repeat=0.7"],
+        ["python-stdlib", "--repeat=0.95"],
     ):
         with pytest.raises(UserError, match=argv[1]):
             parse(argv)
@@ -398,8 +398,8 @@ def test_repeat_adds_the_share_asked_for_to_the_training_text_and_records_it(tmp
     assert (out / "val.bin").read_bytes() == (plain / "val.bin").read_bytes()
     assert "repeat" not in load_meta(plain) and "repeat" not in load_meta(plain)["source"]["arguments"]
     assert load_meta(out)["counts"] == np.bincount(train, minlength=257).tolist()
-    with pytest.raises(UserError, match="--repeat=0.7"):
-        parse(["python-stdlib", "--repeat=0.7"])
+    with pytest.raises(UserError, match="--repeat=0.95"):
+        parse(["python-stdlib", "--repeat=0.95"])
 
 
 def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):
