@@ -38,7 +38,7 @@ from measures.copying import LENGTH, SEQUENCES, CopyTest, copy_scores, make_test
 from measures.kgrams import kgram_baseline
 from measures.table import table
 from model import Llama
-from runtime import checkpoint, metrics
+from runtime import checkpoint, metrics, validation
 from sample import decoded, load, prompt_ids, write_samples
 
 TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
@@ -157,14 +157,17 @@ def evaluate(path, args: argparse.Namespace) -> dict:
         text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
     scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
+    windows = None
     if val:
-        n = affordable(model, seq_len, most=64, share=2)
-        result["positions"] = context.position_scores(model, val.windows(bins.order(0, 0, val.n_windows)[:n]))
+        windows = val.windows(bins.order(0, 0, val.n_windows)[: affordable(model, seq_len, most=64, share=2)])
+        result["positions"] = context.position_scores(model, windows)
     ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if args.ablate:
         name = next(iter(scores["copy"]))
         (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], text).values()
-        result["ablation"] = ablation.copying_without_heads(model, test, scores["heads"]["score_mended"], args.ablate, ids)
+        held_out = None if windows is None else (windows, validation.repeated(windows))
+        ranking = scores["heads"]["score_mended"]
+        result["ablation"] = ablation.scores_without_heads(model, test, ranking, args.ablate, ids, held_out)
     if args.plot:
         result["stripes"] = attention.stripes(model, ids, bos, scores["heads"])
     return result
@@ -224,7 +227,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
-    add("--ablate", choices=ablation.HOW, default="", help="also copy without the best induction heads, removed in this way")
+    add("--ablate", choices=ablation.HOW, default="", help="also score without the best induction heads, removed in this way")
     add("--data", default="", metavar="FOLDER", help="prepared data: also copy held-out text, and print the loss by position")
     add("--over_steps", action="store_true", help="measure every checkpoint of a run, into its measures.jsonl")
     add("--json", metavar="FILE", help="write all scores to this file too")

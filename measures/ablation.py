@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from measures.batching import progress
+from measures.context import token_losses
 from measures.copying import CopyTest, copy_scores, predict
 from measures.heads import LENGTH, fitting, repeated
 from model import Llama
@@ -63,8 +64,8 @@ def head_means(model: Llama, tokens) -> torch.Tensor:
 
 
 def ablation_curve(model: Llama, score_fn, ranking, ks, means=None, seed=0, controls=3) -> dict:
-    """Scores the model, as score_fn(model) does, without the k highest heads of `ranking` (n_layers, n_heads), for each k of
-    `ks`, and without `controls` random sets of k others, as `matched` draws them.
+    """Calls score_fn(model) without the k highest heads of `ranking` (n_layers, n_heads), for each k of `ks`, and without
+    `controls` random sets of k others, as `matched` draws them.
 
     Returns {"heads": [[layer, head], ...], "k": [...], "top": [...], "random": [[...], ...]}: the heads, highest first, as many
     as the largest k; then for each k the score, and the scores of the random sets ([] where there is none).
@@ -75,7 +76,7 @@ def ablation_curve(model: Llama, score_fn, ranking, ks, means=None, seed=0, cont
 
     def score(heads):
         with removed(model, heads, means):
-            return float(score_fn(model))
+            return score_fn(model)
 
     result = {"heads": [list(head) for head in order[: max(ks)]], "k": list(ks), "top": [], "random": []}
     for k in ks:
@@ -86,17 +87,28 @@ def ablation_curve(model: Llama, score_fn, ranking, ks, means=None, seed=0, cont
     return result
 
 
-def copying_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how: str, ids: np.ndarray) -> dict:
-    """Returns ablation_curve of the exact match, up to half of all heads; means are of random tokens of `ids`, twice each.
+def scores_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how: str, ids: np.ndarray, text=None) -> dict:
+    """Returns ablation_curve of {"exact": the exact match}, up to half of all heads; means are of random tokens of `ids`, twice
+    each.
 
-    A progress bar on stderr counts the tokens that the model reads.
+    text: windows (B, T+1) of held-out text, and whether each of their targets (B, T) is a repeated one. With it the scores have
+    "loss_repeated" and "loss_new" too, in nats per token. A progress bar on stderr counts the tokens that the model reads.
     """
     ks = [k for k in REMOVED if k <= ranking.size // 2]
     means = None
     if how == "mean":
         means = head_means(model, repeated(ids, fitting(model, LENGTH, test.bos), 32, 1, test.bos))
-    with progress(model, sum(1 + 3 * (k > 0) for k in ks) * test.cost(), "ablation"):
-        return ablation_curve(model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking, ks, means)
+
+    def scores(model):
+        found = {"exact": copy_scores(test, predict(model, test))["exact"]}
+        if text:
+            windows, again = text
+            losses = token_losses(model, windows)
+            found |= {"loss_repeated": float(losses[again].mean()), "loss_new": float(losses[~again].mean())}
+        return found
+
+    with progress(model, sum(1 + 3 * (k > 0) for k in ks) * (test.cost() + (text[1].size if text else 0)), "ablation"):
+        return ablation_curve(model, scores, ranking, ks, means)
 
 
 def matched(top, shape, seed) -> list[tuple[int, int]] | None:

@@ -93,9 +93,11 @@ def _context(result: dict) -> list[str]:
 
 
 def _ablation(a: dict) -> list[str]:
-    return [
-        f"Copying without k heads, all {SUFFIX} right",
-        _row("", (f"k = {k:<2}" for k in a["k"])),
-        _row("the k highest by induction score I", (f"{x:.3f} " for x in a["top"])),
-        _row("k others of the same layers, mean", (f"{np.mean(x):.3f} " if x else "-     " for x in a["random"])),
-    ]
+    titles = {"exact": f"all {SUFFIX} right", "loss_repeated": "loss on repeated tokens", "loss_new": "loss on new tokens"}
+    lines = ["Without k heads, the highest by induction score I; others: as many of the same layers, mean of the draws"]
+    lines.append(_row("", (f"k = {k:<2}" for k in a["k"])))
+    for name in a["top"][0]:
+        lines.append(_row(titles[name], (f"{top[name]:.3f} " for top in a["top"])))
+        others = (f"{np.mean([draw[name] for draw in draws]):.3f} " if draws else "-     " for draws in a["random"])
+        lines.append(_row("  others", others))
+    return lines

@@ -21,7 +21,7 @@ from measures import batching, heads
 from measures.batching import affordable
 from measures.copying import predict
 from model import Llama
-from runtime import checkpoint, metrics, plots
+from runtime import checkpoint, metrics, plots, validation
 from sample import load
 from tests.conftest import heed_interrupts, write_dataset
 from tests.handbuilt import induction_model
@@ -97,13 +97,25 @@ def test_the_loss_by_position_is_that_of_the_data(tmp_path, capsys):
     assert found["icl_50_500"] is None and "none: it takes a context of 500" in capsys.readouterr().out
 
 
-def test_without_its_induction_head_the_hand_built_model_does_not_copy(tmp_path, capsys):
-    tokenizer = Chars(64)
+def test_without_its_induction_head_the_hand_built_model_neither_copies_nor_predicts_repeated_tokens(tmp_path, capsys):
+    data = write_dataset(tmp_path / "set", rows=400, length=257)
+    tokenizer = load_tokenizer(data)
     model, _, _ = induction_model(tokenizer.size, 256, tokenizer.bos)
     save(tmp_path / "ckpt.pt", model, tokenizer)
-    assert eval_copy.main([str(tmp_path), "--samples=4", "--ablate=zero", "--json", str(tmp_path / "x.json")]) == 0
-    ablation = json.loads((tmp_path / "x.json").read_text())[0]["ablation"]
-    assert ablation["top"][0] > 0.5 and ablation["top"][1] == 0 and "Copying without k heads" in capsys.readouterr().out
+    argv = [str(tmp_path), "--samples=4", "--ablate=zero", f"--data={data}", "--json", str(tmp_path / "x.json")]
+    assert eval_copy.main(argv) == 0
+    found = json.loads((tmp_path / "x.json").read_text())[0]["ablation"]
+    whole, without = found["top"][:2]
+    assert whole["exact"] > 0.5 and without["exact"] == 0
+    val = bins.Bin(data / "val.bin", 256, tokenizer.size)
+    windows = val.windows(bins.order(0, 0, val.n_windows)[:64])
+    again = validation.repeated(windows)
+    losses = -model(torch.from_numpy(windows[:, :-1])).log_softmax(-1)
+    losses = losses.gather(-1, torch.from_numpy(windows[:, 1:, None]).long())[..., 0].detach().numpy()
+    assert whole["loss_repeated"] == pytest.approx(losses[again].mean(), rel=1e-4)
+    assert whole["loss_new"] == pytest.approx(losses[~again].mean(), rel=1e-4)
+    assert without["loss_repeated"] > whole["loss_repeated"] + 1
+    assert "Without k heads" in capsys.readouterr().out
 
 
 def test_the_prompt_is_continued(tmp_path):
