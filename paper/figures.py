@@ -171,13 +171,12 @@ def figure_f(data, scale, file):
     have no onset, or none has been measured.
     """
     middle = {name: np.median([np.inf if o is None else o for o in onsets(seeds, scale)]) for name, seeds in data.items()}
+    contexts = list(scale.grid)
+    sizes = list(scale.grid[contexts[0]])
     picture, (left, right) = panels(2)
     for ax, unit, title in ((left, None, "onset, update steps"), (right, 1e6, "onset, millions of tokens")):
-        values = [
-            [middle.get(f"batch{b}-context{c}", np.inf) * (b * c / unit if unit else 1) for c in scale.grid[1]]
-            for b in scale.grid[0]
-        ]
-        heat(ax, np.where(np.isinf(values), np.nan, values), *map(list, scale.grid), text="{:.2f}" if unit else "{:.0f}")
+        values = [[middle.get(f"batch{b}-context{c}", np.inf) * (b * c / unit if unit else 1) for c in contexts] for b in sizes]
+        heat(ax, np.where(np.isinf(values), np.nan, values), sizes, contexts, text="{:.2f}" if unit else "{:.0f}")
         ax.set(title=f"{title}, median of the seeds", xlabel="context (tokens)", ylabel="batch (sequences)")
     save(picture, file)
     found = laws(data, scale, shared.grid(scale), {"batch": "batch_size", "context": "seq_len"})

@@ -18,7 +18,7 @@ class Scale:
     batches: dict[int, int]  # figure b: updates at each batch size
     rates: tuple[float, ...]  # figures c and g: learning rates
     layers: tuple[int, ...]  # figure d
-    grid: tuple[dict[int, int], tuple[int, ...]]  # figure f: updates at each batch size, and contexts
+    grid: dict[int, dict[int, int]]  # figure f: for each context, updates at each batch size
     threshold: float  # value of `copying` that counts as its onset
     samples: int  # of the copy test, for each checkpoint
     warmups: tuple[int, ...] = ()  # figure k: updates
@@ -40,7 +40,7 @@ class Scale:
     @property
     def context(self) -> int:
         """The context of the copy test: the shortest of all runs, so that all are asked the same questions."""
-        return min(*self.grid[1], self.base.seq_len)
+        return min(*self.grid, self.base.seq_len)
 
     def each_onset(self) -> list[tuple[str, str, float]]:
         """(suffix of claims, column, threshold) for each definition of onset."""
@@ -53,29 +53,27 @@ SCALES = {
     "tiny": Scale(
         "configs/tiny.py", settings=dict(schedule="constant", n_heads=4, eval_batches=8),
         batches={8: 4000, 16: 2000, 32: 2000}, rates=(1.25e-3, 2.5e-3, 5e-3, 1e-2), layers=(4,),
-        grid=({16: 1200, 32: 1200, 64: 600}, (128, 256)),
+        grid=dict.fromkeys((128, 256), {16: 1200, 32: 1200, 64: 600}),
         threshold=0.3, samples=100, keep_weights=True, data="repeats --length={context}",
     ),
     "text": Scale(
         "configs/text.py",
-        settings=dict(
-            schedule="constant", max_steps=6000, eval_interval=500,
-            data="data/stdlib", prepare="python-stdlib --tokenizer=bpe --vocab_size=2048",
-        ),
-        batches={4: 6000, 8: 4000, 16: 3500, 32: 3000}, rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3), layers=(2, 4, 8),
-        grid=({4: 5000, 8: 4000, 16: 3000}, (128, 256, 512)), warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32),
+        settings=dict(schedule="constant", max_steps=5000),
+        batches={4: 5000, 8: 2500, 16: 1250, 32: 880}, rates=(1.5e-3, 3e-3, 6e-3), layers=(2, 4, 8),
+        grid={128: {4: 7000, 8: 3500, 16: 1750}, 256: {4: 5000, 8: 2500, 16: 1250}, 512: {4: 2500, 8: 1250, 16: 625}},
+        warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32, 0.75),
         copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
     ),
     "gpu": Scale(
         "configs/paper/gpu.py", settings={},
         batches={16: 16000, 32: 8000, 64: 8000}, rates=(2.5e-4, 5e-4, 1e-3, 2e-3), layers=(12,),
-        grid=({16: 8000, 32: 8000, 64: 8000}, (256, 512, 1024)),
+        grid=dict.fromkeys((256, 512, 1024), {16: 8000, 32: 8000, 64: 8000}),
         threshold=0.5, samples=100,
     ),
     "paper": Scale(
         "configs/llama162m.py", settings={},
         batches={256: 152588, 512: 76294, 1024: 76294}, rates=(1e-4, 2e-4, 4e-4), layers=(12,),
-        grid=({256: 76294, 512: 76294, 1024: 76294}, (512, 1024, 2048)),
+        grid=dict.fromkeys((512, 1024, 2048), {256: 76294, 512: 76294, 1024: 76294}),
         threshold=0.2, samples=500,
     ),
 }  # fmt: skip

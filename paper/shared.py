@@ -62,8 +62,8 @@ def repeats(scale):
 
 def grid(scale):
     found = {}
-    for batch, steps in scale.grid[0].items():
-        for context in scale.grid[1]:
+    for context, batches in scale.grid.items():
+        for batch, steps in batches.items():
             settings = sized(scale, batch, context, steps)
             if scale.data and context != scale.base.seq_len:
                 settings |= {"data": f"{scale.base.data}{context}", "prepare": scale.data.format(context=context)}

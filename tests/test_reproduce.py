@@ -102,9 +102,8 @@ def runs(tmp_path, monkeypatch, dataset):
     settings = shape | dict(
         compile="off", data=str(dataset), prepare="", max_steps=7, eval_interval=2, ckpt_interval=2, schedule="constant"
     )
-    scale = Scale(
-        "configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 2e-3, 5e-3), (2,), ({2: 4, 4: 4}, (96, 128)), 0.3, 4, seeds=1
-    )
+    grid = dict.fromkeys((96, 128), {2: 4, 4: 4})
+    scale = Scale("configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 2e-3, 5e-3), (2,), grid, 0.3, 4, seeds=1)
     monkeypatch.setattr(reproduce.Runs, "folder", lambda self, variant, seed: tmp_path / variant / f"seed{seed}")
     return reproduce.Runs(scale, "mini", tmp_path / "results")
 
@@ -160,8 +159,8 @@ def test_a_scale_with_all_figures_is_interrupted_reported_resumed_and_reported_w
         log_interval=1, learning_rate=3e-3, warmup_steps=1, schedule="constant", dtype="fp32",
     )  # fmt: skip
     scale = Scale(
-        "configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 3e-3), (1, 2), ({2: 4}, (96, 128)), 0.3, samples=2, warmups=(1, 2),
-        repeats=(0, 0.3), copying="copy_token_top128", attention=0.3, seeds=1, base_seeds=2,
+        "configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 3e-3), (1, 2), {96: {2: 4}, 128: {2: 4}}, 0.3, samples=2,
+        warmups=(1, 2), repeats=(0, 0.3), copying="copy_token_top128", attention=0.3, seeds=1, base_seeds=2,
     )  # fmt: skip
     monkeypatch.setattr(reproduce.Runs, "folder", lambda self, variant, seed: tmp_path / "runs" / variant / f"seed{seed}")
     commands = []
@@ -208,7 +207,7 @@ from cli import run_command
 from pathlib import Path
 from tests.test_reproduce import Scale
 settings = dict(data={str(dataset)!r}, prepare="", vocab_size=17, seq_len=31, compile="off", max_steps=10**6, log_interval=1)
-reproduce.SCALES["tiny"] = Scale("configs/tiny.py", settings, {{2: 4}}, (1e-3,), (2,), ({{2: 4}}, (31,)), 0.3, 4, seeds=2)
+reproduce.SCALES["tiny"] = Scale("configs/tiny.py", settings, {{2: 4}}, (1e-3,), (2,), {{31: {{2: 4}}}}, 0.3, 4, seeds=2)
 reproduce.Runs.folder = lambda self, variant, seed: Path({str(tmp_path)!r}) / variant / f"seed{{seed}}"
 sys.exit(run_command(reproduce.main, ["a", "--jobs=1"]))
 """
@@ -288,7 +287,7 @@ def test_figures_draw_and_judge(tmp_path, monkeypatch):
     assert claims("d", {"layers4": three}, tmp_path) == [HOLDS]
     worse = {"base": three, "dropout0.1": seeds(1500, 1600, None), "decay0.1": seeds(500, 600, 400, level=0.95)}
     assert claims("e", worse, tmp_path) == [FAILS, OPEN, HOLDS, HOLDS]
-    grid = {f"batch{b}-context{c}": seeds(800, 900, 1000, steps=1500) for b in TINY.grid[0] for c in TINY.grid[1]}
+    grid = {f"batch{b}-context{c}": seeds(800, 900, 1000, steps=1500) for c in TINY.grid for b in TINY.grid[c]}
     assert claims("f", grid, tmp_path) == [HOLDS, FAILS]
     rates = {f"rate{r:g}": seeds(*(k * round(1e-2 / r) * 100 for k in (1, 1, 2))) for r in TINY.rates}
     assert claims("g", rates, tmp_path) == [HOLDS]
