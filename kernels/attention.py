@@ -294,10 +294,11 @@ LARGE_TILES = {
 }
 SMALL_TILES = LARGE_TILES | {
     "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
+    "forward dropout": LARGE_TILES["forward dropout"] | {128: (128, 32, 8, 2)},
     "dq": LARGE_TILES["dq dropout"],
     "dq dropout": dict.fromkeys((16, 32, 64, 128), (64, 32, 4, 2)),
     "dkdv": FEW_QUERIES | {128: (32, 32, 4, 1)},
-    "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: SMALLEST, 128: (32, 32, 4, 1)},
+    "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: (32, 32, 4, 1), 128: (32, 32, 4, 1)},
     "dkdv grouped": FEW_QUERIES | {128: (32, 32, 4, 1)},
 }
 TILES = {  # by ten times the compute capability from which they apply
@@ -308,8 +309,9 @@ TILES = {  # by ten times the compute capability from which they apply
     120: SMALL_TILES
     | {
         "forward": LARGE_TILES["forward"],
+        "forward dropout": LARGE_TILES["forward dropout"],
         "dq": SMALL_TILES["dq dropout"],
-        "dkdv dropout": dict.fromkeys((16, 32, 64, 128), (32, 32, 4, 1)),
+        "dkdv dropout": dict.fromkeys((16, 32, 128), (32, 32, 4, 1)) | {64: SMALLEST},
     },
 }
 STATS_ROWS = 128  # the largest number of queries in a tile
