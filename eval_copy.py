@@ -157,7 +157,6 @@ def evaluate(path, args: argparse.Namespace) -> dict:
         text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
     scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
-    windows = None
     if val:
         windows = val.windows(bins.order(0, 0, val.n_windows)[: affordable(model, seq_len, most=64, share=2)])
         result["positions"] = context.position_scores(model, windows)
@@ -165,7 +164,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     if args.ablate:
         name = next(iter(scores["copy"]))
         (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], text).values()
-        held_out = None if windows is None else (windows, validation.repeated(windows))
+        held_out = (windows, validation.repeated(windows)) if val else None
         ranking = scores["heads"]["score_mended"]
         result["ablation"] = ablation.scores_without_heads(model, test, ranking, args.ablate, ids, held_out)
     if args.plot:

@@ -92,7 +92,8 @@ def scores_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how:
     each.
 
     text: windows (B, T+1) of held-out text, and whether each of their targets (B, T) is a repeated one. With it the scores have
-    "loss_repeated" and "loss_new" too, in nats per token. A progress bar on stderr counts the tokens that the model reads.
+    "loss_repeated" and "loss_new" too, in nats per token, where there are such tokens. A progress bar on stderr counts the
+    tokens that the model reads.
     """
     ks = [k for k in REMOVED if k <= ranking.size // 2]
     means = None
@@ -104,7 +105,8 @@ def scores_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how:
         if text:
             windows, again = text
             losses = token_losses(model, windows)
-            found |= {"loss_repeated": float(losses[again].mean()), "loss_new": float(losses[~again].mean())}
+            kinds = {"loss_repeated": again, "loss_new": ~again}
+            found |= {name: float(losses[kind].mean()) for name, kind in kinds.items() if kind.any()}
         return found
 
     with progress(model, sum(1 + 3 * (k > 0) for k in ks) * (test.cost() + (text[1].size if text else 0)), "ablation"):

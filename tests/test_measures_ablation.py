@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from measures import ablation, context, heads
+from measures.copying import make_test
 from model import KVCache, Llama
+from runtime.validation import repeated
 from tests.handbuilt import induction_model
 from tests.test_measures_heads import LETTERS, small_model
 
@@ -187,6 +189,15 @@ def test_copying_is_lost_with_the_induction_head_and_kept_without_random_ones_of
     assert curve["heads"] == [list(induction)]
     assert curve["top"][0] == 1 and curve["top"][1] < 0.2
     assert curve["random"] == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_a_text_without_repeated_tokens_has_no_loss_on_them():
+    model, _, _ = induction_model(40, 128, bos=39)
+    windows = np.stack([np.random.default_rng(i).permutation(LETTERS)[:31] for i in range(2)])
+    test = make_test(LETTERS, 128, 39, samples=2)
+    ranking = np.ones((model.config.n_layers, model.config.n_heads))
+    found = ablation.scores_without_heads(model, test, ranking, "zero", LETTERS, (windows, repeated(windows)))
+    assert all(score.keys() == {"exact", "loss_new"} for score in found["top"])
 
 
 def test_without_the_previous_token_head_copying_is_lost():
