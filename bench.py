@@ -53,6 +53,11 @@ def each_config(args, settings: list[str]) -> dict:
     return result
 
 
+def write(path: str | None, machine: dict, what: str, result):
+    if path:
+        Path(path).write_text(json.dumps({"machine": machine, what: result}, indent=1) + "\n")
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("check", "train", "copy", "kernels", "tiles", "bytes", "data"))
@@ -80,18 +85,21 @@ def main(argv: list[str]) -> int:
         print(traffic.table(load([*(args.configs or [str(ROOT / "configs/llama162m.py")]), "--batch_size=64", *settings])))
         return 0
     if args.one:
-        training.take_turns(load([*args.configs, *settings]), args.one, args.nanogpt)
+        c = load([*args.configs, *settings])
+        given = c.device == "cuda" and any(word.startswith("--micro_batch_size") for word in settings)
+        training.take_turns(c, args.one, args.nanogpt, c.micro_batch_size if given else None)
         return 0
     about = machine.machine()  # before anything is timed: the commit may change while it runs
     if args.what in ("kernels", "tiles"):
-        result = ops.sweep(args.what)
-    elif args.what == "data":
+        for result in ops.sweep(args.what):
+            write(args.json, about, args.what, result)
+        return 0
+    if args.what == "data":
         result = preparing.prepare_rates(args.rounds or 5)
         print(preparing.summary(result))
     else:
         result = each_config(args, settings)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": about, args.what: result}, indent=1) + "\n")
+    write(args.json, about, args.what, result)
     return 0
 
 

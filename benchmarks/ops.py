@@ -5,6 +5,8 @@ before it is timed. Times are medians of triton.testing.do_bench, which clears t
 the rate of a large copy, with each input and output counted once, or of a large matmul, with the causal half counted.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,16 +37,17 @@ def median_ms(f) -> float:
     return do_bench(f, warmup=50, rep=200, return_mode="median")
 
 
-def measure(f, inputs) -> dict:
-    """Returns the ms of forward, of backward and of both."""
+def measure(f, inputs, ways=("forward", "backward", "both")) -> dict[str, float]:
+    """Returns the ms of forward, of backward and of both, or of some of these."""
     wanted = [x for x in inputs if x.requires_grad]
     out = outputs(f, inputs)
     grads = [torch.randn_like(o) for o in out]
-    return dict(
-        forward=median_ms(torch.no_grad()(lambda: f(*inputs))),
-        backward=median_ms(lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True)),
-        both=median_ms(lambda: run(f, inputs, grads)),
+    calls = dict(
+        forward=torch.no_grad()(lambda: f(*inputs)),
+        backward=lambda: torch.autograd.grad(out, wanted, grads, retain_graph=True),
+        both=lambda: run(f, inputs, grads),
     )
+    return {way: median_ms(calls[way]) for way in ways}
 
 
 def allowed(dtype: torch.dtype, own: float) -> float:
@@ -89,8 +92,8 @@ def share(ms: float, work: float, is_flops: bool, top: dict) -> float:
     return work / ms / (1e9 * top["matmul_tflop_s"] if is_flops else 1e6 * top["copy_gb_s"])
 
 
-def sweep_shapes(top) -> list[dict]:
-    """Times every op against its baselines at the main shape, then at other T and D."""
+def sweep_shapes(top) -> Iterator[list[dict]]:
+    """Times every op against its baselines at the main shape, then at other T and D; yields the results after each shape."""
     results = []
     for change in [{}, *SWEEP]:
         shape, rows = SHAPE | change, {}
@@ -112,11 +115,12 @@ def sweep_shapes(top) -> list[dict]:
             torch.compiler.reset()
             torch.cuda.empty_cache()
         results.append(dict(shape=shape, rows=rows))
-    return results
+        yield results
 
 
 def tiles() -> list[tuple]:
-    """Returns (op, pass, where its launch constant is stored, the key there, values to try) of every constant to be decided.
+    """Returns (op, change of the shape, pass, where its launch constant is stored, the key there, values to try) of every
+    constant to be decided.
 
     Attention's are (queries, keys, warps, stages) by head dim: of the forward, then of dq, then of dk and dv.
     """
@@ -124,50 +128,57 @@ def tiles() -> list[tuple]:
 
     dh = SHAPE["D"] // SHAPE["H"]
     table = attention.tiles(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    forward = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
-    dq = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2)]
-    dkdv = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)]
+    dropout, grouped = dict(dropout=0.1), dict(HKV=SHAPE["H"] // 3)
+    forward = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3)]
+    forward += [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)]
+    dq = [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3)]
+    dq += [(128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)]
+    dkdv = [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3)]
+    dkdv += [(64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
     powers = [2**i for i in range(10, 15)]
-    norms = [(op, way, vars(rmsnorm), way.upper(), powers) for op in OPS[:2] for way in ("forward", "backward")]
-    return norms + [
-        ("causal_attention", "forward", table["forward"], dh, forward),
-        ("causal_attention", "backward", table["dq"], dh, dq),
-        ("causal_attention", "backward", table["dkdv"], dh, dkdv),
-        ("rotary", "forward", vars(rotary), "BLOCK_T", [8, 16, 32, 64]),
-        ("swiglu", "forward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
-        ("swiglu", "backward", vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]),
-        ("linear_cross_entropy", "both", vars(cross_entropy), "BLOCK", [2048, 4096, 8192, 16384]),
-        ("linear_cross_entropy", "both", vars(cross_entropy), "WARPS", [4, 8, 16]),
-    ]
+    kernels = [("forward", "forward", forward), ("dq", "backward", dq), ("dkdv", "backward", dkdv)]
+    found = [("causal_attention", {}, way, table[kernel], dh, values) for kernel, way, values in kernels]
+    found.append(("linear_cross_entropy", {}, "both", vars(cross_entropy), "BLOCK", [2048, 4096, 8192, 16384, 32768]))
+    found.append(("linear_cross_entropy", {}, "both", vars(cross_entropy), "WARPS", [4, 8, 16]))
+    found += [(op, {}, way, vars(rmsnorm), way.upper(), powers) for op in OPS[:2] for way in ("forward", "backward")]
+    found += [("swiglu", {}, way, vars(swiglu), "BLOCK", [512, 1024, 2048, 4096]) for way in ("forward", "backward")]
+    found.append(("rotary", {}, "forward", vars(rotary), "BLOCK_T", [8, 16, 32, 64]))
+    found += [("causal_attention", dropout, way, table[f"{kernel} dropout"], dh, values) for kernel, way, values in kernels]
+    found.append(("causal_attention", grouped, "backward", table["dkdv grouped"], dh, dkdv))
+    return found
 
 
-def sweep_tiles() -> list[dict]:
-    """Times each op with every value of each launch constant, the others at their defaults."""
+def sweep_tiles() -> Iterator[list[dict]]:
+    """Times each op with every value of each launch constant, the others at their defaults; yields the rows after each op."""
     from kernels import fused
 
     rows = []
-    for name, way, where, key, values in tiles():
-        op, inputs, _, _ = case(name, **SHAPE)
+    for name, change, way, where, key, values in tiles():
+        shape = SHAPE | change
+        op, inputs, _, _ = case(name, **shape)
         default = where[key]
         for value in values:
             where[key] = value
-            row = dict(op=name, constant=str(key), way=way, value=value, default=value == default)
+            row = dict(op=name, shape=change, constant=str(key), way=way, value=value, default=value == default)
             try:
-                refuse_if_wrong(name, SHAPE)
-                row |= measure(lambda *xs: op(fused, *xs), inputs)  # noqa: B023
+                refuse_if_wrong(name, shape)
+                row |= measure(lambda *xs: op(fused, *xs), inputs, [way])  # noqa: B023
             except Exception as e:  # wrong, or too much shared memory or too many registers: Triton has a class for each
                 row |= dict(failed=str(e).splitlines()[0])
             rows.append(row)
             figure = row.get("failed") or f"{row[way]:.3f} ms"
-            print(f"{name:<22}{way:<10}{key!s:<10}{value!s:<20}{'default' if value == default else '':<9}{figure}", flush=True)
+            label = " ".join([name, *change])
+            mark = "default" if value == default else ""
+            print(f"{label:<26}{way:<10}{key!s:<10}{value!s:<20}{mark:<9}{figure}", flush=True)
         where[key] = default
-    return rows
+        yield rows
 
 
-def sweep(what: str) -> dict:
-    """Times `kernels` or `tiles`, printed as they come. Raises UserError if there is no GPU."""
+def sweep(what: str) -> Iterator[dict]:
+    """Times `kernels` or `tiles`, printed as they come; yields the results so far. Raises UserError if there is no GPU."""
     if not torch.cuda.is_available():
         raise UserError(f"bench.py {what}: times need an NVIDIA GPU, and there is none here")
     torch.manual_seed(0)
     top = ceilings()
-    return dict(ceilings=top, results=sweep_shapes(top) if what == "kernels" else sweep_tiles())
+    for results in sweep_shapes(top) if what == "kernels" else sweep_tiles():
+        yield dict(ceilings=top, results=results)

@@ -2,9 +2,9 @@
 
 Each model has a process of its own, which waits while another has its turn. In each round all take one, so that whatever
 slows the machine down slows all of them. A step is an update of batch_size sequences: data to the device, forward, backward,
-clipping, AdamW. On a GPU each model uses the fastest micro-batch that fits; on a CPU ours uses its config's, the baselines
-take the whole batch, and ours runs a second time with one rank per core. A turn takes `SECONDS` or more; its result is the
-median step, and the mean CPU time of a step over all threads and ranks.
+clipping, AdamW. On a GPU each model uses the fastest micro-batch that fits, or that of --micro_batch_size. On a CPU ours uses
+its config's, the baselines take the whole batch, and ours runs a second time with one rank per core. A turn takes `SECONDS`
+or more; its result is the median step, and the mean CPU time of a step over all threads and ranks.
 """
 
 import contextlib
@@ -116,15 +116,16 @@ class Steps:
             torch.cuda.synchronize()
 
     def fastest_micro(self) -> int:
-        """Returns the micro-batch to use: on a GPU, the fastest that fits."""
-        if not self.cuda:
-            return min(self.config.micro_batch_size if self.who == OURS else self.batch, self.batch)
+        """Returns the fastest micro-batch of those that fit: halved from 64 until it is slower."""
         times = {}
         for micro in (64, 32, 16, 8, 4):
             if self.batch % micro == 0:
                 with contextlib.suppress(torch.OutOfMemoryError):
                     times[micro] = self.seconds(micro)[0]
                 torch.cuda.empty_cache()
+                torch.compiler.reset()  # a second shape would be compiled as a dynamic one
+                if times and min(times, key=times.get) != micro:
+                    break
         if not times:
             raise UserError("no micro-batch fits the device's memory")
         return min(times, key=times.get)
@@ -153,16 +154,19 @@ class Steps:
         return torch.cuda.max_memory_allocated() / 1e9
 
 
-def take_turns(c: Config, who: str, nanogpt: str | None = None):
+def take_turns(c: Config, who: str, nanogpt: str | None = None, micro: int | None = None):
     """Runs in a process of its own: prints what `seconds` returns for each line on stdin and, at its end, the rest of the row.
 
-    A baseline that is not installed or does not fit prints why.
+    micro: the micro-batch; by default the fastest on a GPU, and on a CPU as the module says. A baseline that is not installed
+    or does not fit prints why.
     """
     try:
         # The baselines do without what the trainer sets up for a process.
         world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
         steps = Steps(c, who, world, nanogpt)
-        micro = steps.fastest_micro()
+        if micro is None:
+            on_cpu = min(c.micro_batch_size if who == OURS else steps.batch, steps.batch)
+            micro = steps.fastest_micro() if steps.cuda else on_cpu
         while world.any(world.rank == 0 and bool(sys.stdin.readline())):
             world.say(json.dumps(steps.seconds(micro)))
             if steps.cuda:

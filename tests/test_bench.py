@@ -79,16 +79,19 @@ def test_each_kernel_of_a_step_has_its_part():
         assert training.part_of(name) == part, name
 
 
-@pytest.mark.parametrize("residual", [None, torch.bfloat16])
-def test_a_baseline_can_carry_a_bf16_residual_stream(residual):
-    c, kinds = Config(**SHAPE), set()
-    model = baselines.PlainLlama(c, residual=residual)
-    for block in model.blocks:
-        block.register_forward_hook(lambda block, args, out: kinds.add(out.dtype))
+@pytest.mark.parametrize("who", ["plain", "hf"])
+@pytest.mark.parametrize("device, residual", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_on_a_gpu_the_baselines_carry_a_bf16_residual_stream(who, device, residual):
+    if who == "hf":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    c, kinds = Config(**SHAPE, device=device), set()
+    model = baselines.BASELINES[who](c)
+    for block in model.blocks if who == "plain" else model.model.model.layers:
+        block.register_forward_hook(lambda block, args, out: kinds.add((out[0] if isinstance(out, tuple) else out).dtype))
     x = torch.zeros(2, c.seq_len, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x, x).dtype == torch.float32
-    assert kinds == {residual or torch.float32}
+    assert kinds == {residual}
 
 
 @pytest.mark.parametrize("settings", [[], ["--attn_dropout=0.1"]], ids=["", "dropout"])
@@ -275,5 +278,5 @@ def test_ctrl_c_is_one_line_and_leaves_no_process_behind():
 
 def test_the_tile_sweep_tries_what_the_kernels_use():
     pytest.importorskip("triton", reason="Triton is not installed: there is no kernel to tile")
-    for op, _, where, key, choices in ops.tiles():
+    for op, _, _, where, key, choices in ops.tiles():
         assert op in ops.OPS and where[key] in choices, (op, key)
