@@ -37,7 +37,7 @@ from data.tokenizer import load_tokenizer
 from hf import folder as huggingface
 from model import Llama
 from runtime import checkpoint, distributed, loggers, metrics, resume, rundir
-from runtime.compiling import compile_blocks
+from runtime.compiling import compile_blocks, gradients, pick_gradients
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
 from runtime.validation import bits_per_byte, validate, without_repeated
 
@@ -128,6 +128,7 @@ class Run:
         world.say(metrics.announcement(config, world, *split_batch(config, world), self.train_bin))
         compile_blocks(self.model, config, world)
         model = distributed.data_parallel(self.model.train(), world)
+        backward = pick_gradients(config, world)
         timer = metrics.Timer(config, world)
         try:
             while True:
@@ -148,8 +149,8 @@ class Run:
                     timer.start(self.step)  # only now: the first update compiles
                 if self.step == config.max_steps:
                     break
-                stats = update(self.step + 1, model, self.optimizer, self.loss_scale, self.train_bin, config, world, self.stop)
-                self.stats.unread.append(stats)
+                rest = (self.train_bin, config, world, self.stop, backward)
+                self.stats.unread.append(update(self.step + 1, model, self.optimizer, self.loss_scale, *rest))
                 self.step += 1
         except distributed.Stopped:
             return self.save_and_exit()
@@ -229,9 +230,13 @@ def due_after(step: int, c: Config) -> set[str]:
     return due
 
 
-def update(step, model, optimizer, loss_scale: LossScale, train_bin, config: Config, world, stop) -> torch.Tensor:
+def update(
+    step, model, optimizer, loss_scale: LossScale, train_bin, config: Config, world, stop, backward=gradients
+) -> torch.Tensor:
     """Makes update number `step`, counted from 1; model may be wrapped for several ranks. Returns (4,) on the device: loss and
     gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
+
+    backward computes the gradients of a micro-batch, as `gradients` does.
 
     If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before anything has changed, if a
     signal asks for it.
@@ -253,9 +258,8 @@ def update(step, model, optimizer, loss_scale: LossScale, train_bin, config: Con
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:
-            loss = model(x, y, seed=dropout_seeds(config, position, micro, world.device)) * share
-            (loss * scale).backward()
-        own += loss.detach()
+            loss = backward(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
+        own += loss * share
     loss = world.sum(own) / world.size
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scale
     clip = (norm / config.grad_clip).clamp(min=1) if config.grad_clip else 1.0

@@ -68,7 +68,7 @@ class Steps:
             self.loss_scale = train.LossScale(dtype, world.device)
             self.ranks = distributed.data_parallel(self.model, world)
             self.stop = distributed.StopSignal(world)
-            self.step = 0
+            self.step, self.backward = 0, {}
             self.folder = tempfile.TemporaryDirectory()
             windows.astype("<u2").tofile(f"{self.folder.name}/train.bin")
             self.bin = bins.Bin(f"{self.folder.name}/train.bin", c.seq_len, c.vocab_size)
@@ -84,7 +84,10 @@ class Steps:
         if self.who == OURS:
             self.step += 1
             c = dataclasses.replace(self.config, micro_batch_size=micro)
-            train.update(self.step, self.ranks, self.optimizer, self.loss_scale, self.bin, c, self.world, self.stop)
+            if micro not in self.backward:
+                self.backward = {micro: train.pick_gradients(c, self.world)}  # without the graph of another micro-batch
+            rest = (self.bin, c, self.world, self.stop, self.backward[micro])
+            train.update(self.step, self.ranks, self.optimizer, self.loss_scale, *rest)
             return
         self.optimizer.zero_grad()
         for i in range(0, self.batch, micro):
@@ -141,7 +144,8 @@ class Steps:
             wall = time.perf_counter() - before
         found = dict.fromkeys([*PARTS, MEMORY_BOUND], 0.0)
         for event in p.key_averages():
-            if not self.cuda or event.device_type == torch.autograd.DeviceType.CUDA:
+            on_device = event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            if not self.cuda or on_device:
                 microseconds = event.self_device_time_total if self.cuda else event.self_cpu_time_total
                 found[part_of(event.key)] += microseconds / 1000 / updates
         return found | {IDLE: max(0.0, 1000 * wall / updates - sum(found.values()))}

@@ -304,7 +304,15 @@ SMALL_TILES = LARGE_TILES | {
 TILES = {  # by ten times the compute capability from which they apply
     80: SMALL_TILES | {"forward": LARGE_TILES["forward"]},
     86: SMALL_TILES,
-    90: LARGE_TILES,
+    90: LARGE_TILES
+    | {
+        "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
+        "dq": LARGE_TILES["dq"] | {64: (64, 64, 4, 3)},
+        "dq dropout": LARGE_TILES["dq dropout"] | {64: (64, 64, 4, 3)},
+        "dkdv": LARGE_TILES["dkdv"] | {64: (64, 64, 4, 3)},
+        "dkdv dropout": LARGE_TILES["dkdv dropout"] | {64: (64, 64, 4, 3)},
+        "dkdv grouped": LARGE_TILES["dkdv grouped"] | {64: (64, 64, 4, 3)},
+    },
     100: LARGE_TILES,
     120: SMALL_TILES
     | {

@@ -1,4 +1,4 @@
-"""torch.compile, block by block."""
+"""torch.compile, block by block, and a CUDA graph of the passes of a small batch."""
 
 import torch
 
@@ -21,3 +21,54 @@ def compile_blocks(model, config: Config, world):
         return
     for block in model.blocks:
         block.compile(fullgraph=True)
+
+
+def gradients(model, x, y, seed, weight):
+    """Adds the gradients of weight * loss to those of the parameters. Returns the loss.
+
+    x, y (B, T) ids; seed (B,) keys attention dropout, or None; weight is a scalar on the device.
+    """
+    loss = model(x, y, seed=seed)
+    (loss * weight).backward()
+    return loss.detach()
+
+
+class GraphedGradients:
+    """`gradients`, recorded at the first call as a CUDA graph, which the host launches whole instead of kernel by kernel.
+
+    Launching llama162m's kernels takes the host 57 ms, while an H200 computes 16 sequences of 1,024 tokens in 31. A graph
+    reads and writes the same memory each time: all calls must have the same shapes, and the gradients are replaced.
+    """
+
+    graph = None
+
+    def __call__(self, model, *inputs):
+        if self.graph is None:
+            self.record(model, inputs)
+        for own, new in zip(self.inputs, inputs, strict=True):
+            if own is not None:
+                own.copy_(new)
+        self.graph.replay()
+        for p, grad in zip(model.parameters(), self.grads, strict=True):
+            p.grad = grad
+        return self.loss
+
+    def record(self, model, inputs):
+        self.inputs = [None if x is None else x.clone() for x in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles, and allocates what cannot be allocated while recording
+                gradients(model, *self.inputs)
+                model.zero_grad()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = gradients(model, *self.inputs)
+        self.grads = [p.grad for p in model.parameters()]
+
+
+def pick_gradients(config: Config, world):
+    """Returns what computes the gradients of a micro-batch: on one GPU without gradient accumulation, a CUDA graph."""
+    alone = world.device.type == "cuda" and world.size == 1 and config.micro_batch_size >= config.batch_size
+    return GraphedGradients() if alone and config.compile != "off" else gradients

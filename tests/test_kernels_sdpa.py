@@ -237,6 +237,7 @@ def test_a_named_set_is_taken_or_refused():
         kernels.choose("fused", torch.device("mps"), 64)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton compiles: the interpreter has to be chosen before")
 def test_fused_on_a_cpu_warns_that_it_is_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed: there is no interpreter")
     with pytest.warns(UserWarning, match="Triton's interpreter, a thousand times slower"):
