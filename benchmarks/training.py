@@ -9,6 +9,7 @@ or more; its result is the median step, and the mean CPU time of a step over all
 
 import contextlib
 import dataclasses
+import functools
 import json
 import resource
 import statistics
@@ -51,10 +52,13 @@ def part_of(name: str) -> str:
 
 
 class Steps:
-    """A model and its optimizer, ours or a baseline's, and training steps of them: ours are the trainer's own updates."""
+    """A model and its optimizer, ours or a baseline's, and training steps of them: ours are the trainer's own updates.
 
-    def __init__(self, c: Config, who: str, world: distributed.World, nanogpt: str | None = None):
-        self.config, self.who, self.world = c, who, world
+    given: the micro-batch to use, see `micro`.
+    """
+
+    def __init__(self, c: Config, who: str, world: distributed.World, nanogpt: str | None = None, given: int | None = None):
+        self.config, self.who, self.world, self.given = c, who, world, given
         self.cuda = world.device.type == "cuda"
         self.batch = c.batch_size // world.size
         windows = np.random.default_rng(0).integers(c.vocab_size, size=(8 * self.batch, c.seq_len + 1))
@@ -118,8 +122,11 @@ class Steps:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def fastest_micro(self) -> int:
-        """Returns the fastest micro-batch of those that fit: halved from 64 until it is slower."""
+    @functools.cached_property
+    def micro(self) -> int:
+        """The micro-batch: the one given; or, on a GPU, the fastest that fits, halved from 64 until it is slower."""
+        if self.given or not self.cuda:
+            return self.given or min(self.config.micro_batch_size if self.who == OURS else self.batch, self.batch)
         times = {}
         for micro in (64, 32, 16, 8, 4):
             if self.batch % micro == 0:
@@ -133,13 +140,13 @@ class Steps:
             raise UserError("no micro-batch fits the device's memory")
         return min(times, key=times.get)
 
-    def parts(self, micro: int, updates: int = 5) -> dict[str, float]:
+    def parts(self, updates: int = 5) -> dict[str, float]:
         """Returns the ms of a step spent in each part, and those in which the device (on a CPU: torch) was idle."""
         self.wait()
         with profile() as p:
             before = time.perf_counter()
             for _ in range(updates):
-                self.update(micro)
+                self.update(self.micro)
             self.wait()
             wall = time.perf_counter() - before
         found = dict.fromkeys([*PARTS, MEMORY_BOUND], 0.0)
@@ -150,34 +157,32 @@ class Steps:
                 found[part_of(event.key)] += microseconds / 1000 / updates
         return found | {IDLE: max(0.0, 1000 * wall / updates - sum(found.values()))}
 
-    def peak_gb(self, micro: int) -> float:
+    def peak_gb(self) -> float:
+        """Returns the peak of a step: on a GPU what PyTorch reserves, as a CUDA graph's memory is not allocated anew."""
         if not self.cuda:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        self.update(micro)
-        return torch.cuda.max_memory_allocated() / 1e9
+        self.update(self.micro)
+        return torch.cuda.max_memory_reserved() / 1e9
 
 
 def take_turns(c: Config, who: str, nanogpt: str | None = None, micro: int | None = None):
     """Runs in a process of its own: prints what `seconds` returns for each line on stdin and, at its end, the rest of the row.
 
-    micro: the micro-batch; by default the fastest on a GPU, and on a CPU as the module says. A baseline that is not installed
-    or does not fit prints why.
+    A baseline that is not installed or does not fit prints why.
     """
     try:
         # The baselines do without what the trainer sets up for a process.
         world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
-        steps = Steps(c, who, world, nanogpt)
-        if micro is None:
-            on_cpu = min(c.micro_batch_size if who == OURS else steps.batch, steps.batch)
-            micro = steps.fastest_micro() if steps.cuda else on_cpu
+        steps = Steps(c, who, world, nanogpt, micro)
         while world.any(world.rank == 0 and bool(sys.stdin.readline())):
-            world.say(json.dumps(steps.seconds(micro)))
+            world.say(json.dumps(steps.seconds(steps.micro)))
             if steps.cuda:
                 torch.cuda.empty_cache()  # for the turn of the next one
         parameters = sum(p.numel() for p in steps.model.parameters())
-        row = {"parameters": parameters, "micro_batch_size": micro, "peak_GB": steps.peak_gb(micro)}
-        world.say(json.dumps(row | ({"parts_ms": steps.parts(micro)} if who == OURS and world.size == 1 else {})))
+        row = {"parameters": parameters, "micro_batch_size": steps.micro, "peak_GB": steps.peak_gb()}
+        world.say(json.dumps(row | ({"parts_ms": steps.parts()} if who == OURS and world.size == 1 else {})))
         distributed.leave()
     except (UserError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
         print(json.dumps({"failed": str(e).strip().split("\n")[0]}), flush=True)
@@ -235,8 +240,9 @@ def compare(argv: list[str], rounds: int, nanogpt: str | None = None) -> dict:
     try:
         for who in names:
             workers.append(Worker(argv, who))
-            workers[-1].turn()  # it compiles: not counted
-            workers[-1].turns.clear()
+        for one in workers:
+            one.turn()  # it compiles: not counted
+            one.turns.clear()
         for i in range(rounds):
             for one in workers:
                 one.turn()
