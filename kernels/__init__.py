@@ -17,7 +17,7 @@ import torch
 from errors import UserError
 
 HEAD_DIMS = (16, 32, 64, 128)  # that the Triton attention supports
-SDPA_IS_FASTER = ()  # compute capabilities, (major, minor), at which `bench.py check` has measured it
+SDPA_IS_FASTER = ()  # compute capabilities, (major, minor), at which `bench.py check` finds it; 9.0 is not one
 
 
 def choose(name: str, device, head_dim: int, dtype=None, say=None):

@@ -36,8 +36,9 @@ def gradients(model, x, y, seed, weight):
 class GraphedGradients:
     """`gradients`, recorded at the first call as a CUDA graph, which the host launches whole instead of kernel by kernel.
 
-    Launching llama162m's kernels takes the host 57 ms, while an H200 computes 16 sequences of 1,024 tokens in 31. A graph
-    reads and writes the same memory each time: all calls must have the same shapes, and the gradients are replaced.
+    Small batches need it: launching llama162m's kernels took the host of an H200 36 ms, computing 16 sequences of 512 tokens
+    takes 17. A graph reads and writes the same memory each time: all calls must have the same shapes, and the gradients are
+    replaced.
     """
 
     graph = None

@@ -221,17 +221,25 @@ RESIDENT = {  # blocks per multiprocessor, at least, on sm_90; registers and sha
 
 # Instructions of all threads per (query, key) in the unmasked loop, at most. Triton's tutorial 06 has 8.03 (forward), 8.31 (dq)
 # and 10.16 (dk, dv) on sm_90, and 10.28, 11.62 and 18.72 on sm_80, where all three spill; flash-linear-attention has 11.66,
-# 9.38, 13.28 and 15.16, 12.72, 16.91. For tiles of fewer than 64 queries, as on
-# sm_80, Triton 3.6 spends more instructions than 3.7 on loading lse and delta.
+# 9.38, 13.28 and 15.16, 12.72, 16.91. For tiles of fewer than 64 queries, as on sm_80, Triton 3.6 spends more instructions
+# than 3.7 on loading lse and delta. The tiles of sm_90 are the fastest on an H200, not those with the fewest instructions.
 OLD = version("triton").startswith("3.6.") if importlib.util.find_spec("triton") else False
-LOOP = {"sm_90 attention forward": 7.3, "sm_90 attention dq": 6.6, "sm_90 attention dkdv": 9.0,
+LOOP = {"sm_90 attention forward": 9.1, "sm_90 attention dq": 8.0, "sm_90 attention dkdv": 9.1,
         "sm_80 attention forward": 9.6, "sm_80 attention dq": 10.7, "sm_80 attention dkdv": 15.9 if OLD else 14.9}  # fmt: skip
+
+
+# Kernels that spill and are faster on an H200 than with a tile that does not: with dropout by 11%, with grouped queries by 15%.
+FASTER = ("sm_90 attention dkdv dropout", "sm_90 attention dkdv gqa")
+
+
+def spills(name, row):
+    return row["spills"] > 0 and not name.startswith(FASTER)
 
 
 def test_kernels_meet_their_static_gates(table):
     for name, row in table.items():
         capability, kernel = name.split(" ", 1)
-        assert row["spills"] == 0, f"{name} spills"
+        assert not spills(name, row), f"{name} spills"
         assert row["narrow"] == [], f"{name} multiplies a program id in 32 bits"
         assert row["shared"] <= 101_376, f"{name}: more shared memory than 8.6, 8.9 and 12.x have"
         if kernel.startswith("attention"):
@@ -263,7 +271,7 @@ def test_other_head_dims_do_not_spill(head_dim, shape):
 def test_other_shapes_neither_spill_nor_split_their_loads(capability, shape):
     """T = 1000, which is no multiple of 16; V = 50257, which is odd; D = 8192. Twelve heads of queries on four of keys."""
     for name, row in compiled_elsewhere(capability, 64, shape).items():
-        assert row["spills"] == 0, f"{name} spills"
+        assert not spills(name, row), f"{name} spills"
         assert row["shared"] <= 101_376, f"{name}: more shared memory than 8.6, 8.9 and 12.x have"
         if "cross_entropy" in name:
             assert row["loads"] - row["loads128"] <= 2 and row["stores"] - row["stores128"] <= 1, f"{name}: narrow access"
