@@ -37,7 +37,7 @@ from data.tokenizer import load_tokenizer
 from hf import folder as huggingface
 from model import Llama
 from runtime import checkpoint, distributed, loggers, metrics, resume, rundir
-from runtime.compiling import compile_blocks, gradients, pick_gradients
+from runtime.compiling import compile_blocks, graphed
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
 from runtime.validation import bits_per_byte, validate, without_repeated
 
@@ -128,7 +128,7 @@ class Run:
         world.say(metrics.announcement(config, world, *split_batch(config, world), self.train_bin))
         compile_blocks(self.model, config, world)
         model = distributed.data_parallel(self.model.train(), world)
-        backward = pick_gradients(config, world)
+        passes = graphed(forward_backward, config, world)
         timer = metrics.Timer(config, world)
         try:
             while True:
@@ -149,7 +149,7 @@ class Run:
                     timer.start(self.step)  # only now: the first update compiles
                 if self.step == config.max_steps:
                     break
-                rest = (self.train_bin, config, world, self.stop, backward)
+                rest = (self.train_bin, config, world, self.stop, passes)
                 self.stats.unread.append(update(self.step + 1, model, self.optimizer, self.loss_scale, *rest))
                 self.step += 1
         except distributed.Stopped:
@@ -230,13 +230,23 @@ def due_after(step: int, c: Config) -> set[str]:
     return due
 
 
+def forward_backward(model, x, y, seed, weight) -> torch.Tensor:
+    """Adds the gradients of weight * loss to those of the parameters; returns the loss.
+
+    x, y (B, T) ids; seed (B,), the keys of attention dropout, or None; weight is a scalar on the device.
+    """
+    loss = model(x, y, seed=seed)
+    (loss * weight).backward()
+    return loss.detach()
+
+
 def update(
-    step, model, optimizer, loss_scale: LossScale, train_bin, config: Config, world, stop, backward=gradients
+    step, model, optimizer, loss_scale: LossScale, train_bin, config: Config, world, stop, passes=forward_backward
 ) -> torch.Tensor:
     """Makes update number `step`, counted from 1; model may be wrapped for several ranks. Returns (4,) on the device: loss and
     gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
 
-    backward computes the gradients of a micro-batch, as `gradients` does.
+    passes: forward_backward, or a CUDA graph of it.
 
     If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before anything has changed, if a
     signal asks for it.
@@ -258,7 +268,7 @@ def update(
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:
-            loss = backward(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
+            loss = passes(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
         own += loss * share
     loss = world.sum(own) / world.size
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scale

@@ -1,9 +1,9 @@
 """`bench.py kernels` times each Triton op on a GPU against its baselines, `bench.py tiles` with other tile sizes.
 
 The shape is that of llama162m at 64 x 1,024 tokens in bf16, then other T and D. Each result is compared with the definition
-before it is timed. Times are medians of triton.testing.do_bench_cudagraph, which launches calls one after the other without the
-host; the tensors are larger than the L2 cache. `share` is that of
-the rate of a large copy, with each input and output counted once, or of a large matmul, with the causal half counted.
+before it is timed. Times are medians of triton.testing.do_bench_cudagraph, in which the host launches no single kernel; the
+tensors are larger than the L2 cache. `share` is that of the rate of a large copy, with each input and output counted once, or
+of a large matmul, with the causal half counted.
 """
 
 from collections.abc import Iterator
@@ -117,8 +117,7 @@ def sweep_shapes(top) -> Iterator[list[dict]]:
 
 
 def tiles() -> list[tuple]:
-    """Returns (op, change of the shape, pass, where its launch constant is stored, the key there, values to try) of every
-    constant to be decided.
+    """Returns a tuple for each launch constant: (op, change of the shape, pass, where it is stored, its key, values to try).
 
     Attention's are (queries, keys, warps, stages) by head dim: of the forward, then of dq, then of dk and dv.
     """

@@ -23,25 +23,18 @@ def compile_blocks(model, config: Config, world):
         block.compile(fullgraph=True)
 
 
-def gradients(model, x, y, seed, weight):
-    """Adds the gradients of weight * loss to those of the parameters. Returns the loss.
+class Graph:
+    """The passes of a micro-batch, recorded at the first call as a CUDA graph, which the host launches whole.
 
-    x, y (B, T) ids; seed (B,) keys attention dropout, or None; weight is a scalar on the device.
-    """
-    loss = model(x, y, seed=seed)
-    (loss * weight).backward()
-    return loss.detach()
-
-
-class GraphedGradients:
-    """`gradients`, recorded at the first call as a CUDA graph, which the host launches whole instead of kernel by kernel.
-
-    Small batches need it: launching llama162m's kernels took the host of an H200 36 ms, computing 16 sequences of 512 tokens
-    takes 17. A graph reads and writes the same memory each time: all calls must have the same shapes, and the gradients are
-    replaced.
+    passes(model, *inputs) computes the gradients of the parameters and returns the loss; inputs are tensors or None. Small
+    batches need it: launching llama162m's kernels one by one took the host of an H200 36 ms, computing 16 sequences of 512
+    tokens takes 17. A graph reads and writes the same memory each time: all calls must have the same shapes, and the gradients
+    are replaced.
     """
 
-    graph = None
+    def __init__(self, passes):
+        self.passes = passes
+        self.graph = None
 
     def __call__(self, model, *inputs):
         if self.graph is None:
@@ -60,16 +53,16 @@ class GraphedGradients:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles, and allocates what cannot be allocated while recording
-                gradients(model, *self.inputs)
+                self.passes(model, *self.inputs)
                 model.zero_grad()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = gradients(model, *self.inputs)
+            self.loss = self.passes(model, *self.inputs)
         self.grads = [p.grad for p in model.parameters()]
 
 
-def pick_gradients(config: Config, world):
-    """Returns what computes the gradients of a micro-batch: on one GPU without gradient accumulation, a CUDA graph."""
+def graphed(passes, config: Config, world):
+    """Returns `passes` as a Graph on one GPU without gradient accumulation, else as it is."""
     alone = world.device.type == "cuda" and world.size == 1 and config.micro_batch_size >= config.batch_size
-    return GraphedGradients() if alone and config.compile != "off" else gradients
+    return Graph(passes) if alone and config.compile != "off" else passes

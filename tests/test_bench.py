@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -215,6 +216,14 @@ def test_the_advice_follows_errors_first_and_times_second():
     assert slower == ("pass --kernels=sdpa: its ops take 1.00 ms where the Triton kernels take 2.00", 0)
     line, status = checking.verdict("fused", {"fused": ["rotary"], "sdpa": []}, {}, "X")
     assert line == "pass --kernels=sdpa: these ops are wrong on X (fused: rotary)" and status == 4
+
+
+@pytest.mark.parametrize("n", [1000, 4000])
+def test_sums_in_fp32_are_as_wrong_as_the_check_allows(n):
+    x = np.random.default_rng(0).standard_normal((1000, n), dtype=np.float32)
+    exact = x.sum(1, dtype=np.float64)
+    found = np.linalg.norm(np.cumsum(x, axis=1)[:, -1] - exact) / np.linalg.norm(exact)
+    assert found < max(1e-6, ops.allowed(torch.float32, 0.0, n)) < 2 * found
 
 
 def test_ratios_are_of_the_same_round():

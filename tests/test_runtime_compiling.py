@@ -17,7 +17,7 @@ GPU = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
-def updates(config, backward, steps=4):
+def updates(config, passes, steps=4):
     """The parameters and what update() returns after some updates."""
     world, dtype = distributed.World(0, 1, GPU), distributed.DTYPES[config.dtype]
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def updates(config, backward, steps=4):
     compiling.compile_blocks(model, config, world)
     optimizer, scale = make_optimizer(model, config), LossScale(dtype, GPU)
     train_bin = bins.Bin(f"{config.data}/train.bin", config.seq_len, config.vocab_size)
-    rest = (optimizer, scale, train_bin, config, world, distributed.StopSignal(world), backward)
+    rest = (optimizer, scale, train_bin, config, world, distributed.StopSignal(world), passes)
     stats = [train.update(step, model, *rest) for step in range(1, steps + 1)]
     return [*model.parameters(), *stats]
 
@@ -35,7 +35,7 @@ def updates(config, backward, steps=4):
 @pytest.mark.parametrize("ops", ["fused", "sdpa"])
 def test_a_graph_computes_what_the_kernels_compute_one_by_one(settings, ops, change):
     config = from_dict(settings | dict(dim=64, device="cuda", dtype="bf16", kernels=ops, compile="on") | change)
-    results = [updates(config, backward) for backward in (compiling.gradients, compiling.GraphedGradients())]
+    results = [updates(config, p) for p in (train.forward_backward, compiling.Graph(train.forward_backward))]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -49,6 +49,6 @@ def test_a_graph_is_for_one_gpu_without_gradient_accumulation(settings):
         (distributed.World(0, 2, GPU), {"compile": "on"}),
         (cpu, {"compile": "on"}),
     ]:
-        backward = compiling.pick_gradients(dataclasses.replace(config, **change), world)
+        passes = compiling.graphed(train.forward_backward, dataclasses.replace(config, **change), world)
         first = world.size == 1 and world.device == GPU and change == {"compile": "on"}
-        assert isinstance(backward, compiling.GraphedGradients) == first and (first or backward is compiling.gradients)
+        assert isinstance(passes, compiling.Graph) == first and (first or passes is train.forward_backward)
