@@ -81,7 +81,7 @@ class Run:
         self.out = Path(config.out_dir)
         self.stop = distributed.StopSignal(world)
         loggers.check(config)
-        split_batch(config, world)
+        distributed.split_batch(config, world)
 
         # Data
         folder = Path(config.data)
@@ -125,7 +125,7 @@ class Run:
         """Trains until max_steps; returns the exit status."""
         config, world, first = self.config, self.world, self.step
         self.row = (self.rows.last if self.rows else {}) | self.row
-        world.say(metrics.announcement(config, world, *split_batch(config, world), self.train_bin))
+        world.say(metrics.announcement(config, world, *distributed.split_batch(config, world), self.train_bin))
         compile_blocks(self.model, config, world)
         model = distributed.data_parallel(self.model.train(), world)
         passes = graphed(forward_backward, config, world)
@@ -172,7 +172,7 @@ class Run:
             return
         row = {}
         if "validate" in due:
-            _, micro = split_batch(self.config, self.world)
+            _, micro = distributed.split_batch(self.config, self.world)
             windows = bins.order(0, 0, self.val_bin.n_windows)[: self.config.eval_batches * self.config.batch_size]
             row |= validate(self.model, self.val_bin, windows, micro, self.world, self.stop)
             row |= bits_per_byte(row["val_loss"], self.meta)
@@ -240,18 +240,14 @@ def forward_backward(model, x, y, seed, weight) -> torch.Tensor:
     return loss.detach()
 
 
-def update(
-    step, model, optimizer, loss_scale: LossScale, train_bin, config: Config, world, stop, passes=forward_backward
-) -> torch.Tensor:
-    """Makes update number `step`, counted from 1; model may be wrapped for several ranks. Returns (4,) on the device: loss and
-    gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
+def update(step, model, optimizer, loss_scale, train_bin, config: Config, world, stop, passes=forward_backward) -> torch.Tensor:
+    """Makes update number `step`, counted from 1; model may be wrapped for several ranks, passes may be a CUDA graph.
 
-    passes: forward_backward, or a CUDA graph of it.
-
+    Returns (4,) on the device: loss and gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
     If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before anything has changed, if a
     signal asks for it.
     """
-    per_rank, micro = split_batch(config, world)
+    per_rank, micro = distributed.split_batch(config, world)
     first = (step - 1) * config.batch_size + world.rank * per_rank  # in the run's order
     last = first + per_rank - micro
     scale = loss_scale.scale
@@ -279,17 +275,6 @@ def update(
     apply_gradients(optimizer, scale * clip, found_inf)
     loss_scale.update(found_inf)
     return torch.stack((loss, norm, own, scale))
-
-
-def split_batch(config: Config, world) -> tuple[int, int]:
-    """Returns how many sequences of a batch each rank takes, and how many of these a gradient accumulation step takes."""
-    if config.batch_size % world.size:
-        raise UserError(f"batch_size={config.batch_size}: must be a multiple of the {world.size} ranks")
-    per_rank = config.batch_size // world.size
-    micro = min(config.micro_batch_size, per_rank)
-    if per_rank % micro:
-        raise UserError(f"micro_batch_size={micro}: must divide the {per_rank} sequences of a rank's share of the batch")
-    return per_rank, micro
 
 
 def dropout_seeds(config: Config, start: int, count: int, device):

@@ -85,6 +85,17 @@ def start(config: Config) -> World:
     return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else None)
 
 
+def split_batch(config: Config, world: World) -> tuple[int, int]:
+    """Returns how many sequences of a batch each rank takes, and how many of these a gradient accumulation step takes."""
+    if config.batch_size % world.size:
+        raise UserError(f"batch_size={config.batch_size}: must be a multiple of the {world.size} ranks")
+    per_rank = config.batch_size // world.size
+    micro = min(config.micro_batch_size, per_rank)
+    if per_rank % micro:
+        raise UserError(f"micro_batch_size={micro}: must divide the {per_rank} sequences of a rank's share of the batch")
+    return per_rank, micro
+
+
 def data_parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
     """Returns the model, wrapped so that its gradients are averaged over the ranks if there are several."""
     if world.size == 1:
