@@ -16,7 +16,7 @@ def machine() -> dict:
         import triton
 
         stack = {"driver": smi("driver_version"), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        stack |= {"triton": triton.__version__, "clocks": clocks()}
+        stack |= {"triton": triton.__version__} | clocks()
         return {"card": torch.cuda.get_device_name()} | stack | about
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
