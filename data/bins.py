@@ -91,7 +91,7 @@ class Bin:
         self.vocab_size = vocab_size
         self.shards = [Shard(file) for file in files(path)]
         if not self.shards:
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file; python -m data.prepare --help says how to make it")
         meta = load_meta(self.path.parent)
         self.ends = np.cumsum([len(shard.tokens) for shard in self.shards])  # (files,): where in the stream each one ends
         self.n_tokens = int(self.ends[-1])

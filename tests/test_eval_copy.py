@@ -309,6 +309,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["ckpt.pt", "--samples=1", "--json", str(tmp_path / "no/x.json")], "no/x.json"),
         (["ckpt.pt", "--alphabet", "top4"], "alphabet=top4: how often each id occurs in the training data is not known"),
         (["ckpt.pt", "--alphabet", "text"], "pass --data=FOLDER"),
+        (["ckpt.pt", "--data=nowhere"], "nowhere/val.bin: no such file; python -m data.prepare --help says how to make it"),
         (["ckpt.pt", "--attention", "a" * 96, str(tmp_path / "x.html")], "prompt of 97 tokens"),
         (["ckpt.pt", "--attention", "a", str(tmp_path / "no/x.html")], "no/x.html: cannot be written"),
         (["ckpt.pt", "--context=97"], "--context=97: this model's context is 96"),
