@@ -15,6 +15,7 @@ a setting. The modules in benchmarks/ say what is measured and how.
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from cli import Parser, run_command
@@ -28,8 +29,8 @@ CONFIGS = {
 }
 
 
-def each_config(args, settings: list[str]) -> dict:
-    """Returns {config name: result} of `train` or `copy`, printed as they come."""
+def each_config(args, settings: list[str]) -> Iterator[dict]:
+    """Prints the results of `train` or `copy`, and yields them, {config name: result}, as they grow."""
     from benchmarks import copying, training
     from runtime import distributed
 
@@ -46,11 +47,12 @@ def each_config(args, settings: list[str]) -> dict:
         argv, name = [config, *settings], Path(config).stem
         print(" ".join([name, *settings]), flush=True)
         if args.what == "copy":
-            result[name] = {"settings": settings, "seeds": copying.copy(argv, args.until, args.rounds or 3)}
+            parts = copying.copy(argv, args.until, args.rounds or 3)
         else:
-            result[name] = {"settings": settings} | training.compare(argv, args.rounds or 10, args.nanogpt)
-            print(training.table(result[name]), flush=True)
-    return result
+            parts = training.compare(argv, args.rounds or 10, args.nanogpt)
+        for part in parts:
+            result[name] = {"settings": settings} | part
+            yield result
 
 
 def write(path: str | None, machine: dict, what: str, result):
@@ -90,16 +92,13 @@ def main(argv: list[str]) -> int:
         training.take_turns(c, args.one, args.nanogpt, c.micro_batch_size if given else None)
         return 0
     about = machine.machine()  # before anything is timed: the commit may change while it runs
-    if args.what in ("kernels", "tiles"):
-        for result in ops.sweep(args.what):
-            write(args.json, about, args.what, result)
-        return 0
     if args.what == "data":
         result = preparing.prepare_rates(args.rounds or 5)
         print(preparing.summary(result))
-    else:
-        result = each_config(args, settings)
-    write(args.json, about, args.what, result)
+        write(args.json, about, args.what, result)
+        return 0
+    for result in ops.sweep(args.what) if args.what in ("kernels", "tiles") else each_config(args, settings):
+        write(args.json, about, args.what, result)  # as it grows: a long measurement may be cut off
     return 0
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from config import ROOT
@@ -58,13 +59,13 @@ def time_to_copy(argv: list[str], until: float) -> dict:
     return {str(level): row and {name: row[name] for name in ("seconds", "step", "tokens")} for level, row in found.items()}
 
 
-def copy(argv: list[str], until: float, seeds: int) -> list[dict]:
-    """Returns time_to_copy of each seed, printed as they come."""
+def copy(argv: list[str], until: float, seeds: int) -> Iterator[dict]:
+    """Prints time_to_copy of each seed, and yields {"seeds": those so far}."""
     rows = []
     for seed in range(seeds):
         rows.append({"seed": seed} | time_to_copy([*argv, f"--seed={seed}"], until))
         print(f"seed {seed}: {line(rows[-1])}", flush=True)
-    return rows
+        yield {"seeds": rows}
 
 
 def line(row: dict) -> str:

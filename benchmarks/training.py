@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -231,12 +232,22 @@ class Worker:
         self.row = {"failed": (self.log.read().strip().splitlines() or ["it ended without a message"])[-1]}
 
 
-def compare(argv: list[str], rounds: int, nanogpt: str | None = None) -> dict:
-    """Returns the results of one config, whose device is cuda or cpu; `of` maps each model to its row, see `summary`."""
+def compare(argv: list[str], rounds: int, nanogpt: str | None = None) -> Iterator[dict]:
+    """Prints and yields the results of one config as they grow; `of` maps each model to its row, see `summary`."""
     c = load(argv)
     names = [*ON[c.device], *[NANOGPT] * bool(nanogpt), OURS, *[RANKS] * (c.device == "cpu" and torch.get_num_threads() > 1)]
     argv = argv + [f"--nanogpt={nanogpt}"] * bool(nanogpt)
     workers = []
+    flops = metrics.flops_per_token(c)
+    peak = metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None
+
+    def result(rounds: int) -> dict:
+        found = summary({one.who: one.row | {"turns": one.turns} for one in workers}, c.batch_size * c.seq_len)
+        for row in found.values():
+            if peak and "failed" not in row:
+                row["mfu"] = row["tokens_per_s"] * flops / peak
+        return {"flops_per_token": flops, "rounds": rounds, "of": found}
+
     try:
         for who in names:
             workers.append(Worker(argv, who))
@@ -246,19 +257,16 @@ def compare(argv: list[str], rounds: int, nanogpt: str | None = None) -> dict:
         for i in range(rounds):
             for one in workers:
                 one.turn()
-            times = [f"{one.who} {1000 * one.turns[-1][0]:.1f}" for one in workers if not one.row]
+            times = (f"{one.who} {1000 * one.turns[-1][0]:.1f}" for one in workers if not one.row)
             print(f"round {i + 1}, ms: {', '.join(times)}", flush=True)
+            yield result(i + 1)
         for one in workers:
             one.end()
+        print(table(found := result(rounds)), flush=True)
+        yield found
     finally:
         for one in workers:
             one.process.terminate()
-    found = summary({one.who: one.row | {"turns": one.turns} for one in workers}, c.batch_size * c.seq_len)
-    if peak := metrics.peak_flops(torch.cuda.get_device_name()) if c.device == "cuda" else None:
-        for row in found.values():
-            if "failed" not in row:
-                row["mfu"] = row["tokens_per_s"] * metrics.flops_per_token(c) / peak
-    return {"flops_per_token": metrics.flops_per_token(c), "rounds": rounds, "of": found}
 
 
 def summary(rows: dict[str, dict], tokens: int) -> dict:

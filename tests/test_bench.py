@@ -112,7 +112,7 @@ def test_a_model_takes_its_turns_and_ends_with_its_row(who, settings, monkeypatc
 
 def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(training, "ON", {"cpu": ["hf liger"]})
-    found = training.compare(ARGV, rounds=1)["of"]
+    found = list(training.compare(ARGV, rounds=1))[-1]["of"]
     assert "is not installed" in found["hf liger"]["failed"]
     assert found[training.OURS]["tokens_per_s"] == pytest.approx(4 * 16 / found[training.OURS]["ms"] * 1000)
     assert "is not installed" in training.table({"of": found})
@@ -267,11 +267,22 @@ def test_a_mistake_is_one_line():
 
 def test_training_steps_are_compared_under_the_baselines_optimizer(monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "compare", lambda argv, *_: seen.append(load(argv).optimizer) or {})
-    monkeypatch.setattr(training, "table", lambda result: "")
+    monkeypatch.setattr(training, "compare", lambda argv, *_: [seen.append(load(argv).optimizer) or {}])
     for given in ([], ["--optimizer=muon"]):
         assert bench.main(["train", str(ROOT / "configs/text.py"), "--device=cpu", *given]) == 0
     assert seen == ["adamw", "muon"]
+
+
+def test_results_are_written_as_they_grow(monkeypatch, tmp_path):
+    def cut_off(*_):
+        yield {"rounds": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "compare", cut_off)
+    path = tmp_path / "train.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["train", str(ROOT / "configs/tiny.py"), "--device=cpu", f"--json={path}"])
+    assert json.loads(path.read_text())["train"]["tiny"]["rounds"] == 1
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process_behind():
