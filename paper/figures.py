@@ -13,11 +13,11 @@ import numpy as np
 
 from paper import shared
 from paper.report import TOLD, above_zero, at_exponents, below_zero, intervals, listed, signed, verdict
-from paper.shared import draw_curves, label, law_claims, laws, measure_name, onsets
+from paper.shared import draw_copying_and_loss, draw_curves, draw_onsets, label, law_claims, laws, measure_name, onsets
 from paper.statistics import difference
 from paper.treatments import TREATMENTS, claims_of_treatment, compare, paired, treatments
 from runtime.curves import at_the_end, onset
-from runtime.plots import bars, heat, lines, panels, points, save
+from runtime.plots import bars, doses, heat, lines, panels, save
 
 HEX = "copy_exact_hex16"
 
@@ -86,11 +86,16 @@ def claims_a(waits, rises, fallen, since: int, seeds: str):
 
 @figure("b", "Batch size: steps or tokens", shared.batches)
 def figure_b(data, scale, file):
-    """Copying (left pair) and the validation loss (right pair) for several batch sizes, over update steps and over training
-    tokens. If copying depends on update steps alone, its curves coincide in the first panel and not in the second.
+    """Copying and the validation loss for several batch sizes, each over update steps and over training tokens. If copying
+    depends on update steps alone, its curves coincide in the first panel and not in the second. Last panel: the onset over the
+    batch size, with the fitted power law, and those of steps alone (exponent 0) and tokens alone (-1).
     """
-    draw_curves(file, data, [(name, axis) for name in (scale.copying, "val_loss") for axis in ("step", "tokens")])
-    found = laws(data, scale, shared.batches(scale), {"batch": "batch_size"})
+    picture, (*axes, last) = panels(5)
+    draw_curves(axes, data, [(name, axis) for name in (scale.copying, "val_loss") for axis in ("step", "tokens")])
+    varied = shared.batches(scale), {"batch": "batch_size"}
+    found = laws(data, scale, *varied)
+    draw_onsets(last, data, scale, *varied, found, {"steps alone": 0.0, "tokens alone": -1.0})
+    save(picture, file)
     claim = "when copying comes depends on update steps, not on tokens"
     tail = ", where 0 is steps alone and -1 tokens alone"
     return {"fit": found, "claims": law_claims(found, claim, lambda law: at_exponents(law, (0,)), tail)}
@@ -99,7 +104,7 @@ def figure_b(data, scale, file):
 @figure("c", "Learning rate", lambda scale: shared.rates(scale, 3))
 def figure_c(data, scale, file):
     """Copying (left) and the validation loss (right) for several learning rates, over update steps."""
-    draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
+    draw_copying_and_loss(file, data, scale)
     found = laws(data, scale, shared.rates(scale), {"rate": "learning_rate"})
     sooner = "a higher learning rate makes copying come earlier"
     claims = law_claims(found, sooner, lambda law: below_zero((intervals(law) or [None])[0]))
@@ -156,7 +161,7 @@ def claim_d(variant: str, firsts):
 @figure("e", "Attention dropout and weight decay", treatments)
 def figure_e(data, scale, file):
     """Copying (left) and the validation loss (right) with attention dropout, with weight decay, and with neither (base)."""
-    draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
+    draw_copying_and_loss(file, data, scale)
     found, claims = {}, []
     for name, pairs in paired(data, "base").items():
         found[name] = compare(pairs, scale, (scale.copying, HEX))
@@ -189,18 +194,17 @@ def figure_f(data, scale, file):
 @figure("g", "Learning rate x steps", shared.rates)
 def figure_g(data, scale, file):
     """Left: copying as colour, the mean over seeds, for each learning rate (row) over update steps. Right: the step of onset
-    of each seed over the learning rate, on logarithmic axes, and the power law fitted to them.
+    of each seed over the learning rate, on logarithmic axes, with the fitted power law and that of the question (-1).
     """
-    found = laws(data, scale, shared.rates(scale), {"rate": "learning_rate"})
+    varied = shared.rates(scale), {"rate": "learning_rate"}
+    found = laws(data, scale, *varied)
     rates = {name: rate for name, rate in zip(shared.rates(scale), scale.rates, strict=True) if name in data}
     at = [row["step"] for row in next(iter(data.values()))[0]]
     picture, (left, right) = panels(2)
     values = [[np.mean([rows[i][scale.copying] for rows in seeds]) for i in range(len(at))] for seeds in data.values()]
     heat(left, np.array(values), [f"{rate:g}" for rate in rates.values()], at, scale=(0, 1))
     left.set(title="copying, mean over seeds", xlabel="update steps", ylabel="learning rate")
-    starts = [(rate, start) for name, rate in rates.items() for start in onsets(data[name], scale) if start is not None]
-    points(right, starts, found[0][1] and found[0][1]["exponents"][0], "rate")
-    right.set(title="onset of each seed", xlabel="learning rate", ylabel="update steps")
+    draw_onsets(right, data, scale, *varied, found, {"rate x steps constant": -1.0})
     save(picture, file)
     claim = "open question 2: onset comes at a constant rate x steps (exponent -1)"
     return {"fit": found, "claims": law_claims(found, claim, lambda law: at_exponents(law, (-1,)))}
@@ -269,7 +273,7 @@ def figure_j(data, scale, file):
 @figure("k", "Warm-up", shared.warmups)
 def figure_k(data, scale, file):
     """Copying (left) and the validation loss (right) for several lengths of warm-up in updates, at one batch size."""
-    draw_curves(file, data, [(scale.copying, "step"), ("val_loss", "step")])
+    draw_copying_and_loss(file, data, scale)
     found = laws(data, scale, shared.warmups(scale), {"warm-up": "warmup_steps"})
     claim = "when copying comes does not depend on the length of warm-up (exponent 0)"
     return {"fit": found, "claims": law_claims(found, claim, lambda law: at_exponents(law, (0,)))}
@@ -278,13 +282,19 @@ def figure_k(data, scale, file):
 @figure("l", "How much repetition does copying need?", shared.repeats, ("induction_max", *shared.CORPUS))
 def figure_l(data, scale, file):
     """The base's text with none (repeat 0) to many of its training tokens in verbatim copies of passages from shortly before;
-    and without copies, but with no loss on targets that followed their current token earlier in the window (masked). Left:
-    copying. Middle: the highest attention of an induction head. Right: the loss on held-out text, which has no copies. In the
-    table, frequency is the share of training tokens that occurred earlier in their window; reliability is how often the next
-    token is then the one that followed the latest occurrence; predictable is the share of targets that masking leaves out.
+    and without copies, but with no loss on targets that followed their current token earlier in the window (masked). Panels:
+    copying; the highest attention of an induction head; the loss on held-out text, which has no copies; and what each seed
+    reaches at the end. In the table, frequency is the share of training tokens that occurred earlier in their window;
+    reliability is how often the next token is then the one that followed the latest occurrence; predictable is the share of
+    targets that masking leaves out.
     """
-    draw_curves(file, data, [(name, "tokens") for name in (scale.copying, "induction_max", "val_loss")])
+    picture, (*axes, last) = panels(4)
+    draw_curves(axes, data, [(name, "tokens") for name in (scale.copying, "induction_max", "val_loss")])
     exact = scale.copying.replace("token", "exact")
+    reached = {n: [[at_the_end(rows, n) for rows in seeds] for seeds in data.values()] for n in (exact, scale.copying)}
+    doses(last, [name.removeprefix("repeat") for name in data], {measure_name(n): of for n, of in reached.items()})
+    last.set(title="copying at the end, each seed", xlabel="share of copies", ylabel="share right", ylim=(-0.03, 1.03))
+    save(picture, file)
     ends = {name: [at_the_end(rows, exact) for rows in seeds] for name, seeds in data.items() if name != "masked"}
     first = next((label(name) for name, values in ends.items() if min(values) >= 0.5), "none of the shares")
     text = "; ".join(f"{label(name)}: {', '.join(f'{x:.2f}' for x in values)}" for name, values in ends.items())

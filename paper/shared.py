@@ -10,7 +10,7 @@ import re
 from paper.report import above_zero, law_text, signed
 from paper.statistics import exponents, rounding_of_a_difference, summary
 from runtime.curves import at_the_end, onset
-from runtime.plots import lines, panels, save
+from runtime.plots import lines, panels, points, save
 
 CORPUS = ("frequency", "reliability", "predictable")  # the measures of paper.repetition
 NAMES = {"val_loss": "validation loss", "induction_max": "best induction head"} | {name: name for name in CORPUS}
@@ -144,10 +144,24 @@ def describe(ax, name: str, axis: str):
     ax.set(title="copying: " * copying + measure_name(name), xlabel=xlabel, **units)
 
 
-def draw_curves(file, data, columns: list[tuple[str, str]]):
-    """One panel for each (measure, axis), with a line for each variant."""
-    picture, axes = panels(len(columns))
+def draw_curves(axes, data, columns: list[tuple[str, str]]):
+    """Draws each (measure, axis) into a panel, with a line for each variant."""
     for ax, (name, axis) in zip(axes, columns, strict=True):
         lines(ax, {label(variant): seeds for variant, seeds in data.items()}, name, axis)
         describe(ax, name, axis)
+
+
+def draw_copying_and_loss(file, data, scale):
+    picture, axes = panels(2)
+    draw_curves(axes, data, [(scale.copying, "step"), ("val_loss", "step")])
     save(picture, file)
+
+
+def draw_onsets(ax, data, scale, variants, names: dict[str, str], found, others: dict[str, float]):
+    """Draws the onset of copying in each seed over the setting in `names`, with the exponent `found` by laws and others."""
+    ((name, setting),) = names.items()
+    law = found[0][1]
+    xs = {variant: getattr(scale.load(variants[variant]), setting) for variant in data}
+    starts = [(xs[variant], start) for variant, seeds in data.items() for start in onsets(seeds, scale) if start is not None]
+    points(ax, starts, ({f"{name}^{law['exponents'][0]:.2f}": law["exponents"][0]} if law else {}) | others)
+    ax.set(title="onset of copying, each seed", xlabel=name, ylabel="update steps")

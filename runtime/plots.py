@@ -191,15 +191,23 @@ def heat(ax, values, rows, columns, scale=(None, None), text=None):
         ax.text(j, i, word, ha="center", va="center", fontsize=8, color=colour)
 
 
-def points(ax, found: list[tuple[float, float]], exponent: float | None, name: str):
-    """Draws points on logarithmic axes, and the power law of that exponent through their middle."""
+def doses(ax, names: list[str], data: dict[str, list[list[float]]]):
+    """Draws for each label its values at each named dose, doses at equal distances, and a line through their means."""
+    for (colour, style), (label, values) in zip(LINES, data.items(), strict=False):
+        ax.plot(range(len(names)), [np.mean(of) for of in values], color=colour, ls=style, lw=1.6, label=label)
+        ax.plot([i for i, of in enumerate(values) for _ in of], np.concatenate(values), "o", color=colour, ms=4, mfc="none")
+    ax.set_xticks(range(len(names)), names)
+
+
+def points(ax, found: list[tuple[float, float]], exponents: dict[str, float]):
+    """Draws points on logarithmic axes, and for each label the power law of its exponent through their middle."""
     if found:
         xs, ys = np.array(found).T
         ax.plot(xs, ys, "o", color=BLUE, ms=5, mfc="none", label="one seed")
-        if exponent is not None:
-            line = np.array([xs.min(), xs.max()])
+        line = np.array([xs.min(), xs.max()])
+        for (colour, style), (label, exponent) in zip(LINES[1:], exponents.items(), strict=False):
             level = np.exp(np.mean(np.log(ys) - exponent * np.log(xs)))
-            ax.plot(line, level * line**exponent, color=ORANGE, ls="--", label=f"{name}^{exponent:.2f}")
+            ax.plot(line, level * line**exponent, color=colour, ls=style, label=label)
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(sorted({x for x, _ in found}), [f"{x:g}" for x in sorted({x for x, _ in found})])
     ax.set_xticks([], minor=True)

@@ -303,7 +303,9 @@ def test_a_new_figure_takes_one_function(tmp_path, monkeypatch, runs, capsys):
     @figures.figure("z", "Width", lambda scale: {"wide": {"dim": 32}})
     def figure_z(data, scale, file):
         """How wide."""
-        figures.draw_curves(file, data, [("val_loss", "step")])
+        picture, axes = figures.panels(1)
+        figures.draw_curves(axes, data, [("val_loss", "step")])
+        figures.save(picture, file)
         return {"claims": [["wider is better", "measured", str([rows[-1]["step"] for rows in data["wide"]])]]}
 
     assert reproduce.train_all(["z"], runs, jobs=1)
