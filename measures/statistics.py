@@ -35,16 +35,17 @@ def share_interval(hits: np.ndarray) -> list[float]:
     """Returns the 95% interval of a share of hits (samples, questions) bool, where a sample's questions are not independent.
 
     The interval of Agresti and Coull (1998) at the effective number of questions (Korn and Graubard 1998): their number divided
-    by the design effect, the variance of the mean over samples relative to that of independent questions. It is estimated, and
-    lies between 1 and the questions per sample; where all hits are equal it cannot be estimated, and the largest is taken.
-    Student's t over samples covers badly near 0 and 1, where it may have no width, and Wilson's interval somewhat too little.
+    by the design effect, the variance of the mean over samples relative to that of independent questions, between 1 and the
+    questions per sample. It is estimated from few samples where most have no hit, or nothing but hits; it is therefore
+    multiplied by 1 + 2/k for the k samples that differ from those, and the largest is taken if there are none. Student's t over samples covers badly near 0 and 1, where it may have no width, and Wilson's interval somewhat too little.
     """
     samples, questions = hits.shape
     share = float(hits.mean())
     effect = float(questions)
     if 0 < share < 1 and samples > 1:
         variance = hits.mean(1).var(ddof=1) / samples
-        effect = min(max(variance * hits.size / (share * (1 - share)), 1.0), effect)
+        k = min(hits.any(1).sum(), (~hits).any(1).sum())
+        effect = min(max(variance * hits.size / (share * (1 - share)), 1.0) * (1 + 2 / k), effect)
     t2 = (t_975(samples - 1) if samples > 1 else T_975[0]) ** 2
     n = hits.size / effect + t2
     middle = (share * hits.size / effect + t2 / 2) / n
