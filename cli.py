@@ -24,6 +24,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = parse(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise UserError(f"{unknown[0]}: unexpected argument; name files before the options; see {self.prog} --help")
             nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help"
             raise UserError(f"{name}: no such option; {hint}")
@@ -32,8 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 def whole(text: str) -> int:
     """Parses a whole number of 0 or more: 40e9 as well as 40000000000. Raises ValueError."""
-    number = float(text)
-    if number < 0 or not number.is_integer():
+    try:
+        number = int(text)
+    except ValueError:
+        number = float(text)
+    if not 0 <= number < 2**63 or number != int(number):
         raise ValueError
     return int(number)
 
@@ -44,6 +49,8 @@ def run_command(main, argv) -> int:
     Under torchrun, what all ranks find (a UserError or RunFailed) is reported by rank 0 alone; what may have happened on one
     rank only is reported by that rank, with its number.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         return main(argv)
     except BaseException as e:

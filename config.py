@@ -58,10 +58,14 @@ class ModelConfig:
     vocab_size: int = setting(32000, "number of token ids (V); bins hold at most 65536")
     seq_len: int = setting(1024, "context length in tokens (T)")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
-    rope_factor: float = setting(1.0, "divisor of the rotary frequencies: linear scaling, or that of Llama 3.1")
-    rope_original_seq_len: int = setting(0, "context before Llama 3.1's scaling, which keeps high frequencies; 0: linear")
-    rope_low_freq_factor: float = setting(1.0, "turns in that context up to which a frequency is divided")
-    rope_high_freq_factor: float = setting(4.0, "turns in that context from which a frequency is kept")
+    rope_factor: float = setting(1.0, "RoPE scaling factor: linear, or Llama 3.1's if rope_original_seq_len is set")
+    rope_original_seq_len: int = setting(0, "original context of Llama 3.1's scaling; 0: linear scaling")
+    rope_low_freq_factor: float = setting(
+        1.0, "Llama 3.1: frequencies with fewer rotations than this in the original context are divided"
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "Llama 3.1: frequencies with more rotations than this in the original context are kept"
+    )
     norm_eps: float = setting(1e-6, "epsilon inside RMSNorm")
     tie_embeddings: bool = setting(False, "use the embedding matrix as the output head too")
     attention_bias: bool = setting(False, "biases in the projections of attention")
@@ -230,7 +234,7 @@ def read_file(path: Path) -> dict:
     except (Exception, SystemExit) as e:
         frames = [e] if isinstance(e, SyntaxError) else reversed(traceback.extract_tb(e.__traceback__))
         line = next((f":{frame.lineno}" for frame in frames if frame.filename == str(path)), "")
-        raise UserError(f"{path}{line}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{path}{line}: {type(e).__name__}: {' '.join(str(e).split())}") from None
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))}
 
 
@@ -240,7 +244,7 @@ def from_dict(values: dict, kind=Config):
     for name, value in values.items():
         expected = _type(name)
         if type(value) is int and abs(value) >= 2**31:
-            raise UserError(f"{name}: must be below 2^31")
+            raise UserError(f"{name}={value}: must be between -2^31 and 2^31")
         if expected is float and type(value) is int:
             values[name] = float(value)
         elif typing.get_origin(expected) is Literal:
@@ -251,7 +255,7 @@ def from_dict(values: dict, kind=Config):
 
 
 def from_checkpoint(values: dict) -> ModelConfig:
-    """Returns the shape of a checkpoint's model, from its config, which must name all of it: a default could be another's."""
+    """Returns the shape of a checkpoint's model, from its config, which must name all of it, as defaults may differ."""
     for name in values:
         _type(name)  # raises for an unknown one, which may change what the model computes
     if missing := sorted(SHAPE - ADDED - values.keys()):

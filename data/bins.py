@@ -29,7 +29,7 @@ MAGIC_UINT32 = 20240801  # where tokens are uint32
 def files(path) -> list[Path]:
     """Returns the files whose tokens, one after the other, are the bin named `path`, such as data/tiny/train.bin.
 
-    If that file does not exist, these are the shards beside it: by name those with "train" or "val" in it, or llama2.c's
+    If that file does not exist, these are the shards beside it: by name those with "train" or else "val" in it, or llama2.c's
     data00.bin for validation and data01.bin ... for training. Raises UserError if its folder is a file.
     """
     path = Path(path)
@@ -37,7 +37,9 @@ def files(path) -> list[Path]:
         return [path]
     if path.parent.is_file():
         raise UserError(f"{path.parent}: is a file; pass the folder that holds it: --data={path.parent.parent}")
-    named = sorted(filter(Path.is_file, path.parent.glob(f"*{path.stem}*.bin")))
+    named = sorted(file for file in path.parent.glob(f"*{path.stem}*.bin") if file.is_file())
+    if path.stem == "val":
+        named = [file for file in named if "train" not in file.name]  # retrieval_train_0.bin has both
     numbered = sorted(filter(Path.is_file, path.parent.glob("data[0-9]*.bin")))
     return named or (numbered[1:] if path.stem == "train" else numbered[:1])
 
@@ -53,7 +55,7 @@ class Shard:
         self.opened = self._stat()
         n_bytes = path.stat().st_size
         magic, version, stated = [*np.fromfile(path, "<i4", 3).tolist(), 0, 0, 0][:3]
-        if magic == MAGIC_UINT32 and n_bytes == HEADER + 4 * stated:
+        if magic == MAGIC_UINT32 and version == 7:
             raise UserError(f"{path}: holds uint32 tokens, and only uint16 can be read; prepare it with 65536 ids or fewer")
         has_header = magic == MAGIC and version == 1 and n_bytes >= HEADER
         if n_bytes == 0 or n_bytes % TOKEN.itemsize:
@@ -121,7 +123,7 @@ class Bin:
         ids = np.empty((len(starts), self.seq_len + 1), dtype=np.int64)
         for row, start, shard in zip(ids, starts.tolist(), first, strict=True):
             self._fill(row, start, shard)
-        # Here and not on the device, where an embedding asked for too large an id aborts the whole process.
+        # Checked on the CPU: on a GPU an embedding index out of range aborts the process.
         if ids.size and ids.max() >= self.vocab_size:
             needed = max(ids.max() + 1, self.meta_vocab_size)
             raise UserError(
@@ -165,7 +167,7 @@ def window_indices(seed: int, start: int, count: int, n: int) -> np.ndarray:
 
 
 def fingerprint(folder) -> str:
-    """Returns what identifies the dataset: the hash of all tokens that meta.json states.
+    """Returns the fingerprint of the dataset: the hash of its tokens, as meta.json states it.
 
     Without a meta.json, it is a hash of each file's size, first and last MB.
     """
@@ -220,6 +222,8 @@ def batch(run: Path, step: int):
         c = from_dict({name: value for name, value in dict(json.loads(path.read_bytes())).items() if name != "op_set"})
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: not the settings of a run: {e}") from None
+    if step > c.max_steps:
+        raise UserError(f"--step={step}: the run has {c.max_steps} steps")
     data = Bin(Path(c.data) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
     return windows, data.windows(windows), load_tokenizer(c.data, c.vocab_size)

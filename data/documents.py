@@ -36,11 +36,12 @@ class Document(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A file of a source, or what takes the place of one.
+    """A unit of a source that is read in order: a file, a dataset or a generator.
 
     read: read(state) yields pairs: a document, and the state, plain values, with which read() begins after that document.
         read(None) begins with the first.
     size: in bytes; None if unknown
+    mtime: when a local file was last changed, in ns
     group, quota: the parts of a group yield about `quota` tokens together; 0 for all
     """
 
@@ -49,6 +50,7 @@ class Part(NamedTuple):
     size: int | None = None
     group: str = ""
     quota: int = 0
+    mtime: int = 0
 
 
 def numbered(read: Callable[[], Iterable[Document]]):
@@ -99,14 +101,16 @@ def json_lines(path: str, field: str) -> Iterator[Document]:
 
     Raises UserError if the file is damaged, or if none of its first records has the key.
     """
+    records = 0
     found = False
     with open_file(path) as file:
         for number, line in enumerate(_lines(file), 1):
             if line.isspace():
                 continue
+            records += 1
             text, dropped = _parse(line, field)
             found = found or dropped != f"without {field}"
-            if number == PROBED and not found:
+            if records == PROBED and not found:
                 raise UserError(
                     f"{path}: none of its first {PROBED} records has the field {field!r}: {line[:80]}; pass --field=NAME"
                 )
@@ -219,4 +223,4 @@ def one_line_errors(name: str):
         raise UserError(f"{name}: {e}; pip install '.[data]'") from None
     except Exception as e:
         what = textwrap.shorten(f"{type(e).__name__}: {e}", 200, placeholder=" ...")
-        raise UserError(f"{name}: {what}; once that is mended, run the same command again to resume") from None
+        raise UserError(f"{name}: {what}; fix this, then run the same command again to resume") from None

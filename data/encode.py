@@ -49,7 +49,7 @@ class Settings(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The tokens of a batch, and what there is to count.
+    """The tokens of a batch and its statistics.
 
     ids: uint16, by split, bos before each document
     counts: "docs", "bytes" (of text) and "copied" (tokens that --repeat inserted) by split; "dropped" and "altered" (documents)

@@ -26,7 +26,7 @@ def write_meta(folder: Path, vocab_size: int, splits: dict, counts, details: dic
     """
     fixed = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": vocab_size, "splits": splits}
     meta = fixed | details | {"fingerprint": fingerprint(splits)}
-    text = json.dumps(meta, indent=2, ensure_ascii=False)
+    text = json.dumps(meta, indent=2)
     meta["counts"] = counts[:vocab_size].tolist()
     text = f'{text[:-2]},\n  "counts": {json.dumps(meta["counts"])}\n}}\n'  # on one line
     for name, data in ({"meta.json": text} | files).items():

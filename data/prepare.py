@@ -18,6 +18,11 @@ if __name__ == "__main__" and not __package__:
     print("expected: python -m data.prepare, from the project's folder", file=sys.stderr)
     sys.exit(2)
 
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command, whole
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # importing datasets' libraries takes a while
+
 import argparse
 import hashlib
 import inspect
@@ -26,7 +31,6 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from cli import Parser, run_command, whole
 from config import ROOT
 from data.bins import import_bins
 from data.documents import Part
@@ -58,8 +62,14 @@ def prepare(argv: list[str]) -> Path:
 
     source = SOURCES[args["source"]]
     parts = source(**{name: args[name] for name in inspect.signature(source).parameters})
-    listing = hashlib.blake2b(repr([(part.name, part.size) for part in parts]).encode(), digest_size=16).hexdigest()
-    with Writer(out, key={"arguments": args, "parts": listing}) as writer:
+    listing = repr([(part.name, part.size, part.mtime) for part in parts]).encode()
+    key = {"arguments": args, "parts": hashlib.blake2b(listing, digest_size=16).hexdigest()}
+    if tokenizer:
+        key["tokenizer"] = tokenizer_to_meta(tokenizer)[0]["tokenizer"]
+    with Writer(out, key=key) as writer:
+        if is_prepared(out, args, tokenizer):  # by another process, while this one listed the source
+            print(f"{out}: prepared by another process")
+            return out
         tokenizer = tokenizer or train_tokenizer(args["vocab_size"], parts, writer)
         writer.vocab_size = tokenizer.size
         settings = Settings(args["val_fraction"], args["seed"], args.get("repeat", 0.0))
@@ -101,6 +111,9 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
     command = commands.add_parser("from-bin", help="bins of nanoGPT, llama2.c, llm.c or modded-nanogpt: writes their meta.json")
     command.add_argument("out", type=Path, metavar="FOLDER", help="folder that holds the bins")
     add_option(command, "tokenizer", "")
+    for word in argv:
+        if not word or word.startswith("--") and word.endswith("="):
+            raise UserError(f"{word or 'an empty argument'}: has no value; is a shell variable unset?")
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
     processes = args.pop("processes", 1)
@@ -152,6 +165,8 @@ def choose_tokenizer(args: dict) -> Tokenizer | None:
     """Returns the tokenizer asked for; None if it is to be trained on the source, or is not known."""
     if args["source"] == "repeats":
         return Chars(args["alphabet"])
+    if args["tokenizer"] == "bpe" and args["source"] == "from-bin":
+        raise UserError("--tokenizer=bpe: is trained on text; name the tokenizer that made the bins, or leave it out")
     if args["tokenizer"] in ("bpe", ""):
         return None
     return get_tokenizer(args["tokenizer"])
@@ -160,7 +175,8 @@ def choose_tokenizer(args: dict) -> Tokenizer | None:
 def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:
     """Returns whether `out` holds this very dataset, complete. Raises UserError if it holds another, as none is overwritten."""
     meta = load_meta(out)
-    found = [name for name in ("train.bin", "val.bin", "tokenizer.model", "tokenizer.tiktoken") if (out / name).exists()]
+    names = ("train.bin", "val.bin", "tokenizer.model", "tokenizer.tiktoken", "tokenizer.json")
+    found = [name for name in names if (out / name).exists()]
     if meta is None and not found or (out / ".partial/journal.json").exists():
         return False
     other = ""
@@ -172,6 +188,8 @@ def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:
         other = f"a dataset made with another {args['tokenizer']}"
     if other:
         raise UserError(f"{out}: holds {other}; pass another --out, or remove the folder")
+    if (file := meta["tokenizer"].get("file")) and not (out / file).exists():
+        return False
     bins = {split: out / f"{split}.bin" for split in SPLITS}
     return all(path.exists() and path.stat().st_size == 2 * meta["splits"][split]["tokens"] for split, path in bins.items())
 
@@ -211,4 +229,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

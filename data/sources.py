@@ -33,12 +33,12 @@ TOWNS = 100  # in a document of python_and_places
 # The sources of RedPajama v1 and how many billion tokens each has, from its card; book, of 26, has been withdrawn.
 SHARES = {"common_crawl": 878, "c4": 175, "github": 59, "arxiv": 28, "wikipedia": 24, "stackexchange": 20}
 HELP = {  # of all options of data.prepare
-    "paths": "files, folders or URLs; for hf also one dataset of the hub, such as HuggingFaceFW/fineweb-edu",
+    "paths": "files; for text also folders; for hf also URLs, or one dataset of the hub, such as HuggingFaceFW/fineweb-edu",
     "field": "key or column that holds the text",
-    "tokens": "stop after about so many tokens, such as 40e9; 0: read everything",
+    "tokens": "stop after about this many tokens, such as 40e9; 0: read everything",
     "name": "configuration of the dataset, such as sample-10BT",
     "split": "split of the dataset",
-    "revision": "revision of the dataset: with one, it stays the same for ever",
+    "revision": "git revision of the dataset, which pins its contents",
     "urls": "file or URL that lists the URLs of its files, one a line",
     "alphabet": "number of different characters",
     "length": "tokens in a row with its bos: the seq_len to train with",
@@ -50,7 +50,7 @@ HELP = {  # of all options of data.prepare
     "vocab_size": "number of ids of the bpe tokenizer; 0: 2048",
     "repeat": "share of the training tokens to insert as copies of passages shortly before them",
     "val_fraction": "share of documents held out",
-    "seed": "of the choice of val, of repeats' rows and of --repeat's copies",
+    "seed": "random seed of the validation split, the synthetic rows and the inserted copies",
     "processes": "number of processes that encode text",
 }
 SOURCES: dict[str, Callable[..., list[Part]]] = {}
@@ -68,7 +68,8 @@ def text(paths, field="text"):
     found = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+            hint = "; for URLs: python -m data.prepare hf" if ":/" in str(path) else ""
+            raise UserError(f"{path}: no such file or folder{hint}")
         found += map(str, _files(path) if path.is_dir() else [path])
     kinds = {path: _kind(path) for path in found}
     return [file_part(path, kind if kind in ("lines", "parquet") else "text", field) for path, kind in kinds.items()]
@@ -117,7 +118,11 @@ def _python(root: Path, skip) -> list[Part]:
         return [decoded(name, path.read_bytes())]
 
     names = {path: path.relative_to(root).as_posix() for path in _files(root, skip) if path.suffix == ".py"}
-    return [Part(name, numbered(functools.partial(read, path, name)), path.stat().st_size) for path, name in names.items()]
+    stats = {path: path.stat() for path in names}
+    return [
+        Part(name, numbered(functools.partial(read, path, name)), stats[path].st_size, mtime=stats[path].st_mtime_ns)
+        for path, name in names.items()
+    ]
 
 
 def _files(folder, skip=()) -> list[Path]:
@@ -214,7 +219,7 @@ def file_part(path: str, kind: str | None, field: str, group="", quota=0) -> Par
         raise UserError(f"{path}: expected one dataset of the hub, or names that end in {', '.join(KINDS)}")
     if "://" not in path and not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    size = None if "://" in path else Path(path).stat().st_size
+    size, mtime = (None, 0) if "://" in path else (Path(path).stat().st_size, Path(path).stat().st_mtime_ns)
     if kind == "text":
         read = numbered(functools.partial(plain_text, path))
     elif kind == "lines":
@@ -223,7 +228,7 @@ def file_part(path: str, kind: str | None, field: str, group="", quota=0) -> Par
         options = {"data_files": [path], "split": "train"} | ({"batch_size": ROWS} if kind == "parquet" else {})
         read = functools.partial(rows, path, kind, field, options)
         size = None
-    return Part(path, read, size, group, quota)
+    return Part(path, read, size, group, quota, mtime)
 
 
 def _kind(path: str) -> str | None:

@@ -73,14 +73,16 @@ class Writer:
         self.lock.release()
 
     def _read_journal(self):
-        journal = json.loads(self.journal.read_bytes())
-        if journal["key"] != self.key:
+        try:
+            journal = json.loads(self.journal.read_bytes())
+            key, self.totals, self.state = journal["key"], journal["totals"], journal["state"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.journal}: damaged; remove {self.partial} and start again") from None
+        if key != self.key:
             raise UserError(
                 f"{self.partial}: an unfinished dataset of other arguments, or its source has changed since; "
                 "remove that folder, or pass another --out"
             )
-        self.totals = journal["totals"]
-        self.state = journal["state"]
 
     def _open(self, split):
         """Opens the bin so far, cut to what the journal states."""
@@ -119,8 +121,8 @@ class Writer:
     def commit(self, details: dict, files: dict[str, bytes]) -> dict:
         """Writes meta.json and the files that go with it, and gives the bins their final names. Returns the meta.
 
-        Older bins are removed first: if the process dies in between, the folder states what it should hold and lacks it. Bins
-        without a meta.json would pass for bins of another program.
+        Older bins are removed first: if the process dies in between, meta.json describes bins that are missing, and readers
+        refuse the folder. Bins without a meta.json would pass for bins of another program.
         """
         self._sync()
         scans = {split: scan(_read(self.partial / f"{split}.bin")) for split in SPLITS}

@@ -168,6 +168,13 @@ def test_llama2c_validates_on_its_first_shard_and_trains_on_the_others(tmp_path)
     assert Bin(tmp_path / "train.bin", 199, 300).windows([0])[0].tolist() == list(range(100, 300))
 
 
+def test_a_shard_of_training_tokens_is_not_read_as_validation_because_of_its_name(tmp_path):
+    plain(tmp_path / "retrieval_train_0.bin", range(100))
+    plain(tmp_path / "retrieval_val_0.bin", range(100, 200))
+    assert Bin(tmp_path / "train.bin", 99, 300).windows([0])[0].tolist() == list(range(100))
+    assert Bin(tmp_path / "val.bin", 99, 300).windows([0])[0].tolist() == list(range(100, 200))
+
+
 def test_train_bin_itself_wins_over_what_else_has_train_in_its_name(tmp_path):
     plain(tmp_path / "old_train_1.bin", range(50))
     assert Bin(plain(tmp_path / "train.bin", range(9)), 8, 9).n_tokens == 9
@@ -178,6 +185,7 @@ def test_a_header_that_is_not_that_of_its_file_is_refused(tmp_path):
         (headed(tmp_path / "a.bin", range(100), stated=150), "header states 150 tokens, but it holds 100"),
         (headed(tmp_path / "b.bin", range(100), stated=99), "header states 99 tokens, but it holds 100"),
         (headed(tmp_path / "c.bin", range(100), magic=20240801, version=7, dtype="<u4"), "uint32"),
+        (headed(tmp_path / "d.bin", range(100), magic=20240801, version=7, dtype="<u4", stated=1100), "uint32"),
     ):
         with pytest.raises(UserError, match=message) as e:
             Bin(path, 8, 1000)

@@ -87,7 +87,7 @@ def test_a_damaged_parquet_file_is_named_in_one_line(tmp_path):
     data = open(path, "rb").read()
     for damaged in (data[: len(data) // 2], b"x" * 300, b"", data[:20] + b"\xff" * 60 + data[80:]):
         open(path, "wb").write(damaged)
-        with pytest.raises(UserError, match="a.parquet: .*; once that is mended") as e:
+        with pytest.raises(UserError, match="a.parquet: .*; fix this, then run") as e:
             read(path)
         assert "\n" not in str(e.value)
 

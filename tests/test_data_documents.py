@@ -97,6 +97,9 @@ def test_another_field_and_one_that_no_record_has(tmp_path):
     assert [d.text for d in read(path, "content")] == ["a"] * 300
     with pytest.raises(UserError, match="none of its first 100 records has the field 'text': .*content.*; pass --field=NAME"):
         read(path)
+    path.write_bytes(b'{"content": "a"}\n\n' * 300)
+    with pytest.raises(UserError, match="none of its first 100 records"):
+        read(path)
     path.write_bytes(b'{"content": "a"}\n' * 99 + LINES)
     assert [d.dropped for d in read(path)] == ["without text"] * 99 + [""] * 5
 

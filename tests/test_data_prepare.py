@@ -163,12 +163,32 @@ def test_other_arguments_are_refused_and_nothing_is_written_over(tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.model", "tokenizer.json"])
 def test_files_of_another_program_are_not_written_over(tmp_path, name):
     (tmp_path / name).write_bytes(b"\1\0")
     with pytest.raises(UserError, match=f"{name} that data.prepare did not make"):
         prepare(["repeats", f"--out={tmp_path}"])
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_left_without_its_tokenizer_is_made_anew(folder, tmp_path):
+    out = tmp_path / "out"
+    argv = ["text", str(folder), "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300", f"--out={out}"]
+    prepare(argv)
+    (out / "tokenizer.model").unlink()
+    prepare(argv)
+    load_tokenizer(out)
+
+
+def test_names_that_are_not_utf8_are_kept_and_printed(tmp_path):
+    folder = tmp_path / os.fsdecode(b"dos\xe9")
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    (folder / "bad.txt").write_bytes(b"\xff")
+    done = run("text", folder, "--val_fraction=0.3", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0 and "dos\\udce9/bad.txt:0" in done.stdout, done
+    assert load_meta(tmp_path / "out")["source"]["arguments"]["paths"] == [str(folder)]
 
 
 def test_a_folder_left_incomplete_is_made_anew(tmp_path):
@@ -226,8 +246,17 @@ def test_a_source_takes_its_own_options_only():
     ):
         with pytest.raises(UserError, match="--help"):
             parse(argv)
-    with pytest.raises(UserError, match="argument --seed"):
-        parse(["repeats", "--seed=-1"])
+    for seed in ("-1", "1e70", "0.5"):
+        with pytest.raises(UserError, match="argument --seed"):
+            parse(["repeats", f"--seed={seed}"])
+    assert parse(["repeats", f"--seed={2**53 + 1}"])[0]["seed"] == 2**53 + 1
+    for argv in (["text", ""], ["text", "a", "--out="], ["text", "a", "--out", ""], ["text", "a", "--tokenizer="]):
+        with pytest.raises(UserError, match="has no value; is a shell variable unset"):
+            parse(argv)
+    with pytest.raises(UserError, match="a: unexpected argument; name files before the options"):
+        parse(["text", "b", "--seed=1", "a"])
+    with pytest.raises(UserError, match="--tokenizer=bpe: is trained on text"):
+        prepare(["from-bin", "a", "--tokenizer=bpe"])
     for argv in (
         ["python-stdlib", "--vocab_size=500"],
         ["python-stdlib", "--vocab_size=2048"],  # the default of --tokenizer=bpe
@@ -259,6 +288,9 @@ def test_a_damaged_config_of_a_run_is_one_line_in_the_batch_viewer(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError):
             batch(tmp_path, 1)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="--step=100000000000000000000: the run has"):
+        batch(tmp_path, 10**20)
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path):
@@ -355,9 +387,40 @@ def test_a_prepare_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_
 def test_a_source_that_changed_under_an_unfinished_dataset_is_not_glued_to_it(folder, tmp_path):
     argv = ["text", str(folder), "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
     subprocess.run([sys.executable, "-c", KILLED, "5", *argv], cwd=ROOT, capture_output=True)
-    (folder / "0.txt").write_text("longer than before, so that it is seen")
+    text = (folder / "0.txt").read_bytes()
+    (folder / "0.txt").write_bytes(text.upper())  # of the same size
     with pytest.raises(UserError, match="its source has changed since; remove that folder"):
         prepare(argv)
+
+
+def test_a_tokenizer_that_changed_under_an_unfinished_dataset_is_not_mixed_with_it(folder, tmp_path):
+    file = tmp_path / "ranks.tiktoken"
+    file.write_bytes(GPT)
+    argv = ["text", str(folder), "--val_fraction=0.2", f"--tokenizer={file}", f"--out={tmp_path / 'out'}"]
+    subprocess.run([sys.executable, "-c", KILLED, "5", *argv], cwd=ROOT, capture_output=True)
+    assert (tmp_path / "out/.partial/journal.json").exists()
+    file.write_bytes(ranks(TOKENS[:-1]))
+    with pytest.raises(UserError, match="an unfinished dataset of other arguments"):
+        prepare(argv)
+
+
+def test_a_dataset_that_another_process_completed_meanwhile_is_not_written_over(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = ["text", str(folder), "--val_fraction=0.2", f"--out={out}"]
+    made = []
+
+    def slow(paths, field="text"):
+        """Lists its files slowly."""
+        if not made:
+            made.append(True)
+            prepare(first)
+        return listed(paths, field)
+
+    listed = sources.SOURCES["text"]
+    monkeypatch.setitem(sources.SOURCES, "text", slow)
+    with pytest.raises(UserError, match="made with other arguments"):
+        prepare(["text", str(folder), "--val_fraction=0.3", f"--out={out}"])
+    assert load_meta(out)["source"]["arguments"]["val_fraction"] == 0.2
 
 
 def test_any_number_of_processes_gives_the_same_bytes(folder, tmp_path, monkeypatch):
@@ -398,8 +461,6 @@ def test_repeat_adds_the_share_asked_for_to_the_training_text_and_records_it(tmp
     assert (out / "val.bin").read_bytes() == (plain / "val.bin").read_bytes()
     assert "repeat" not in load_meta(plain) and "repeat" not in load_meta(plain)["source"]["arguments"]
     assert load_meta(out)["counts"] == np.bincount(train, minlength=257).tolist()
-    with pytest.raises(UserError, match="--repeat=0.95"):
-        parse(["python-stdlib", "--repeat=0.95"])
 
 
 def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):

@@ -161,6 +161,9 @@ def test_unfinished_bins_shorter_than_their_journal_are_refused(tmp_path):
     os.truncate(tmp_path / ".partial/train.bin", 10)
     with pytest.raises(UserError, match="start again"), Writer(tmp_path, 100, "k"):
         pass
+    (tmp_path / ".partial/journal.json").write_text('{"key": "k"')
+    with pytest.raises(UserError, match="damaged; remove .*partial and start again"), Writer(tmp_path, 100, "k"):
+        pass
 
 
 def test_two_writers_do_not_write_one_dataset(tmp_path):
