@@ -21,15 +21,14 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from config import TYPES
 from data import bins
-from data.tokenizer import Tokenizer
-from files import atomic_write
+from data.tokenizer import Tokenizer, load_tokenizer
+from files import atomic_write, check_output
 from hf import folder as huggingface
 from measures import ablation, attention, context, heads
 from measures.alphabets import Vocabulary, alphabet, default_alphabets
@@ -46,10 +45,6 @@ TEXT_TOKENS = 2**20  # of val.bin that passages of held-out text are drawn from
 SAMPLES = {
     "heads": (32, 2 * heads.LENGTH), "induction_loss": (32, 2 * context.INDUCTION_LENGTH),
     "recall": (100, 2 * context.RECALL_LENGTH), "pairs": (100, 4 * context.PAIRS),
-}  # fmt: skip
-# What an existing file must begin with so that --json, --plot or --attention may replace it.
-BEGINNINGS = {
-    ".json": b'[\n {\n  "path"', ".html": b"<!doctype html>", ".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"
 }  # fmt: skip
 
 
@@ -151,7 +146,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     seq_len = context_length(model, args.context)
     samples = copy_samples(model, seq_len, args)
     result = {"path": str(path), "step": step, "parameters": model.config.n_parameters, "seq_len": model.config.seq_len}
-    val = bins.Bin(Path(args.data) / "val.bin", seq_len, model.config.vocab_size) if args.data else None
+    val = open_held_out(args.data, seq_len, model, tokenizer) if args.data else None
     text = None
     if val:  # consecutive windows are consecutive text; each ends with the first token of the next
         text = val.windows(range(min(val.n_windows, -(-TEXT_TOKENS // seq_len))))[:, :-1].flatten()
@@ -166,10 +161,23 @@ def evaluate(path, args: argparse.Namespace) -> dict:
         (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], text).values()
         held_out = (windows, validation.repeated(windows)) if val else None
         ranking = scores["heads"]["score_mended"]
-        result["ablation"] = ablation.scores_without_heads(model, test, ranking, args.ablate, ids, held_out)
+        result["ablation"] = {"alphabet": name, "samples": len(test.sequences)}
+        result["ablation"] |= ablation.scores_without_heads(model, test, ranking, args.ablate, ids, held_out)
     if args.plot:
         result["stripes"] = attention.stripes(model, ids, bos, scores["heads"])
     return result
+
+
+def open_held_out(folder: str, seq_len: int, model: Llama, tokenizer: Tokenizer) -> bins.Bin:
+    """Returns the held-out text of a prepared folder. Raises UserError if it is too short, or of another tokenizer."""
+    try:
+        val = bins.Bin(Path(folder) / "val.bin", seq_len, model.config.vocab_size)
+    except UserError as e:
+        raise UserError(str(e).replace("--seq_len", "--context")) from None
+    theirs, ids = load_tokenizer(folder, model.config.vocab_size), val.windows([0])[0].tolist()
+    if "ids" not in (tokenizer.kind, theirs.kind) and tokenizer.decode(ids) != theirs.decode(ids):
+        raise UserError(f"--data={folder}: its tokenizer is not the model's; pass data prepared with the model's tokenizer")
+    return val
 
 
 def over_steps(run: Path, args: argparse.Namespace):
@@ -180,11 +188,17 @@ def over_steps(run: Path, args: argparse.Namespace):
     if not found:
         raise UserError(f"{run}: no checkpoints of several steps; train with --ckpt_keep=1000 or --ckpt_milestones=true")
     tests = {}
-    for step in sorted(found.keys() - rows.keys()):
+    missing = sorted(found.keys() - rows.keys())
+    if not missing:
+        print(f"{file}: has all {len(found)} checkpoints; to measure them again, remove it")
+    for step in missing:
         model, tokenizer, _ = load(found[step], args.device, args.kernels)
         if not tests:
             seq_len = context_length(model, args.context)
             tests = make_tests(tokenizer, seq_len, copy_samples(model, seq_len, args), args.alphabet)
+            asked = {f"questions_{name}": test.hash() for name, test in tests.items()}
+            if any(row | asked != row for row in rows.values()):
+                raise UserError(f"{file}: has scores on other questions; remove it, or pass the options it was made with")
         rows[step] = {"step": step, "path": found[step].name} | as_row(measure(model, tokenizer, tests))
         atomic_write(file, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         exact = ", ".join(f"{name} {rows[step][f'copy_exact_{name}']:.3f}" for name in tests)
@@ -199,20 +213,6 @@ def attention_page(path, text: str, args: argparse.Namespace) -> str:
     words = ["<bos>"] * lead + list(decoded(tokenizer, ids[lead:]))[:-1]
     scores = heads.attention_scores(model, vocabulary(tokenizer).ids, tokenizer.bos, samples=8)
     return attention.page(model, ids, words, scores, f"{path}, step {step:,}")
-
-
-def check_output(option: str, file: str, *suffixes: str):
-    """Raises UserError before a long evaluation if `file` cannot be written, or would replace a file of another kind."""
-    path = Path(file)
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
-    if path.exists():
-        beginning = BEGINNINGS[path.suffix.lower()]
-        with path.open("rb") as old:
-            if old.read(len(beginning)) != beginning:
-                raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -242,6 +242,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--samples={args.samples}: expected 1 or more")
     if args.context < 0:
         parser.error(f"--context={args.context}: expected 0 or more")
+    if args.over_steps and (unused := [name for name in ("ablate", "data", "json", "plot") if getattr(args, name)]):
+        parser.error(f"--over_steps writes measures.jsonl alone; leave out --{unused[0]}")
+    if len(args.paths) > 1 and (args.prompt is not None or args.attention):
+        parser.error(f"{args.paths[1]}: --prompt and --attention take one model")
     return args
 
 

@@ -1,10 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and replace no file of another kind."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from errors import UserError
+
+# The first bytes of the files that the commands write, which alone they replace.
+BEGINNINGS = {
+    ".json": b'[\n {\n  "path"', ".html": b"<!doctype html>", ".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -35,3 +42,17 @@ def atomic_write(path, data: bytes | str):
     """Replaces the file at `path` by `data`; text is written as UTF-8."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def check_output(option: str, file: str, *suffixes: str):
+    """Raises UserError before long work if `file` cannot be written, or would replace a file of another kind."""
+    path = Path(file)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
+    if path.exists():
+        beginning = BEGINNINGS[path.suffix.lower()]
+        with path.open("rb") as old:
+            if old.read(len(beginning)) != beginning:
+                raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")

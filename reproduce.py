@@ -69,7 +69,7 @@ class Runs:
         return {name: self.scale.load(settings) for name, settings in self.variants.items()}
 
     def standing_for(self, name: str) -> str:
-        """Returns the variant whose runs serve for `name`: of those that differ in the number of steps alone, the longest."""
+        """Returns the variant whose runs are used for `name`: the longest of those that differ in the number of steps alone."""
 
         def but_steps(config):
             return {k: v for k, v in vars(config).items() if k not in ("max_steps", "prepare")}
@@ -78,7 +78,7 @@ class Runs:
         return max(same, key=lambda other: self.configs[other].max_steps)
 
     def seeds(self, variant: str) -> range:
-        """Returns the seeds of the runs that serve for the variant."""
+        """Returns the seeds of the runs that are used for the variant."""
         is_base = self.standing_for(variant) == self.standing_for("base")
         return range(max(self.scale.seeds, self.scale.base_seeds if is_base else 0))
 
@@ -169,6 +169,9 @@ class Runs:
         """
         stand, last = self.standing_for(variant), self.configs[variant].max_steps
         found = list(itertools.takewhile(bool, (self.rows_of_seed(stand, seed) for seed in self.seeds(stand))))
+        asked = {tuple(v for k, v in row.items() if k.startswith("questions_")) for rows in found for row in rows}
+        if len(asked) > 1:
+            raise UserError(f"{self.folder(stand, 0).parent}: its measures.jsonl differ in their questions; remove them")
         path = self.out / "rows" / f"{stand}.json.gz"
         kept = json.loads(gzip.decompress(path.read_bytes())) if path.exists() else {"seeds": []}
         if len(kept["seeds"]) > len(found):
@@ -263,7 +266,7 @@ def main(argv: list[str]) -> int:
     elif args.redraw:
         raise UserError(f"results/{args.scale}/rows: there are no measured runs to draw from; leave --redraw out")
     if not complete:
-        print("the minutes are over; the same command resumes")
+        print("the time limit of --minutes was reached; run the same command to resume")
     return 0 if complete else 3
 
 

@@ -16,7 +16,7 @@ FLOPS = 1e12  # that a measure spends on a CPU, and a hundredth of what it spend
 
 
 def wide(logits):
-    """Returns logits in fp32 or wider: the softmax of bf16 logits has two digits."""
+    """Returns logits in fp32 or wider: bf16 has two to three significant digits, too few for a softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

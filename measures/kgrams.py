@@ -11,7 +11,7 @@ import numpy as np
 from measures.copying import LENGTH, PREFIX, SUFFIX, CopyTest, Predictions
 
 K = (1, 2, 3, 4)
-TELLING = 10  # tokens by which the baselines of k and k - 1 must differ before the model's use of token k is told
+INFORMATIVE = 10  # predictions, beyond those right by chance, that it takes to report the use of token k
 
 
 def numbered(test: CopyTest) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -57,9 +57,10 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     """Compares a model's predictions with the baselines of k = 1 to 4.
 
     ceiling: the exact match that the baseline is expected to score, by k.
-    uses: whether the model uses the k-th last token, by k, measured where the baseline of k has fewer tokens to choose from
-    than that of k - 1. Of the model's predictions that the latter may make, how many more than by chance may the former make:
-    0 for a model that goes by k - 1 tokens, 1 for one that goes by k or more. None where too few places tell.
+    uses: whether the model's predictions depend on the k-th last token, by k, measured where the baseline of k has fewer tokens
+    to choose from than that of k - 1: among the predictions that the latter could make, the share that the former could make
+    too, corrected for chance. 0 for a model that uses k - 1 tokens, 1 for one that uses k or more. None where fewer than
+    INFORMATIVE predictions tell.
     like: the largest k up to which all uses are above one half.
     """
     context, ids = numbered(test)
@@ -81,7 +82,7 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
         places += telling.sum(1)
         hits += (telling & possible[1:]).sum(1)
         by_chance += np.where(telling, kept, 0).sum(1)
-    uses = [(h - c) / (p - c) if p - c >= TELLING else None for h, c, p in zip(hits, by_chance, places, strict=True)]
+    uses = [(h - c) / (p - c) if p - c >= INFORMATIVE else None for h, c, p in zip(hits, by_chance, places, strict=True)]
     return {
         "ceiling": dict(zip(K, chance.mean((0, 2)).tolist(), strict=True)),
         "uses": {k: None if u is None else float(u) for k, u in zip(K, uses, strict=True)},

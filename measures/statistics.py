@@ -36,8 +36,9 @@ def share_interval(hits: np.ndarray) -> list[float]:
 
     The interval of Agresti and Coull (1998) at the effective number of questions (Korn and Graubard 1998): their number divided
     by the design effect, the variance of the mean over samples relative to that of independent questions, between 1 and the
-    questions per sample. It is estimated from few samples where most have no hit, or nothing but hits; it is therefore
-    multiplied by 1 + 2/k for the k samples that differ from those, and the largest is taken if there are none. Student's t over samples covers badly near 0 and 1, where it may have no width, and Wilson's interval somewhat too little.
+    questions per sample. The estimate is too low where few samples have a hit, or few a miss: with k of them it is multiplied
+    by 1 + 2/k, and without any the largest value is taken. Student's t over samples covers badly near 0 and 1, where it may
+    have no width, and Wilson's interval somewhat too little.
     """
     samples, questions = hits.shape
     share = float(hits.mean())

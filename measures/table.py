@@ -52,7 +52,7 @@ def _kgrams(copy: dict) -> list[str]:
     header = "".join(f"  k = {k}" for k in K)
     lines = [
         "k-gram baseline: finds where the last k tokens occurred before, and continues with what followed. Use by the model:",
-        "whether it goes by the k-th last token (0: no more than by chance, 1: always), and the baseline it is most like.",
+        "whether its predictions depend on the k-th last token (0: as by chance, 1: always), and the closest baseline.",
         f"  {'alphabet':<19}{f'all {SUFFIX} right, baseline':<31}use by the model",
         f"  {'':<17}{header:<31}{header}   like",
     ]
@@ -93,11 +93,14 @@ def _context(result: dict) -> list[str]:
 
 
 def _ablation(a: dict) -> list[str]:
-    titles = {"exact": f"all {SUFFIX} right", "loss_repeated": "loss on repeated tokens", "loss_new": "loss on new tokens"}
-    lines = ["Without k heads, the highest by induction score I; others: as many of the same layers, mean of the draws"]
+    exact = f"all {SUFFIX} right, {a['alphabet']}, {a['samples']} samples"
+    titles = {"exact": exact, "loss_repeated": "loss on repeated tokens", "loss_new": "loss on new tokens"}
+    lines = [
+        "Without the k heads of the highest induction score I; random: without k others of the same layers, mean of 3 draws"
+    ]
     lines.append(_row("", (f"k = {k:<2}" for k in a["k"])))
     for name in a["top"][0]:
         lines.append(_row(titles[name], (f"{top[name]:.3f} " for top in a["top"])))
         others = (f"{np.mean([draw[name] for draw in draws]):.3f} " if draws else "-     " for draws in a["random"])
-        lines.append(_row("  others", others))
+        lines.append(_row("  random", others))
     return lines

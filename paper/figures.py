@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from paper import shared
-from paper.report import TOLD, above_zero, at_exponents, below_zero, intervals, listed, signed, verdict
+from paper.report import MEASURED, above_zero, at_exponents, below_zero, in_order, intervals, listed, signed, verdict
 from paper.shared import draw_copying_and_loss, draw_curves, draw_onsets, label, law_claims, laws, measure_name, onsets
 from paper.statistics import difference
+from paper.surge import claims as claims_of_surges
+from paper.surge import surges
 from paper.treatments import TREATMENTS, claims_of_treatment, compare, paired, treatments
 from runtime.curves import at_the_end, onset
 from runtime.plots import bars, doses, heat, lines, panels, save
@@ -49,7 +51,7 @@ def figure_a(data, scale, file):
     """
     (seeds,) = data.values()
     picture, (left, right) = panels(2)
-    for name in (scale.copying, HEX):
+    for name in (scale.copying, scale.copying.rsplit("_", 1)[0] + "_hex16"):
         lines(left, {measure_name(name): seeds}, name, "tokens")
     for name, text in {"val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens", "val_loss": "all tokens"}.items():
         lines(right, {text: seeds}, name, "tokens")
@@ -58,30 +60,8 @@ def figure_a(data, scale, file):
     shared.describe(right, "val_loss", "tokens")
     save(picture, file)
 
-    found = {"wait_steps": [], "rise_steps": [], "loss_fallen_before": []}
-    for rows in (rows for rows, start in zip(seeds, onsets(seeds, scale), strict=True) if start is not None):
-        ends = [share * at_the_end(rows, scale.copying) for share in (0.1, 0.9)]
-        tenth, nine = (next(r["step"] for r in rows if r[scale.copying] >= end) for end in ends)
-        losses = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
-        before = [losses[0], *(pair for pair in losses if pair[0] < tenth)]
-        found["loss_fallen_before"].append((losses[0][1] - before[-1][1]) / (losses[0][1] - min(loss for _, loss in losses)))
-        found["wait_steps"].append(tenth)
-        found["rise_steps"].append(nine - tenth)
-    since = min((row["step"] for rows in seeds for row in rows if "val_loss" in row), default=0)
-    claims = claims_a(*found.values(), since, f", in the {len(found['wait_steps'])} of {len(seeds)} seeds with an onset")
-    return found | {"claims": claims + shared.apart(seeds, scale)}
-
-
-def claims_a(waits, rises, fallen, since: int, seeds: str):
-    before, rose, waited = ", ".join(f"{x:.0%}" for x in fallen), ", ".join(map(str, rises)), ", ".join(map(str, waits))
-    flat = f"{before} of the fall of the validation loss after step {since} came before copying rose{seeds}"
-    steep = f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}{seeds}"
-    late = verdict(fallen, lambda x: x >= 0.9)
-    abrupt = verdict(list(zip(rises, waits, strict=True)), lambda x: x[0] < x[1])
-    return [
-        ["copying stays absent long after the loss has flattened", late, flat if fallen else "no seed has an onset"],
-        ["when copying comes, it comes abruptly", abrupt, steep if fallen else "no seed has an onset"],
-    ]
+    found = surges(seeds, scale)
+    return found | {"claims": claims_of_surges(found, len(seeds)) + shared.apart(seeds, scale)}
 
 
 @figure("b", "Batch size: steps or tokens", shared.batches)
@@ -135,7 +115,7 @@ def figure_d(data, scale, file):
     found = {"first_step": firsts, "claims": [claim_d(name, first) for name, first in firsts.items()]}
     if len(scale.layers) > 1:
         found["fit"] = laws(data, scale, shared.depths(scale), {"layers": "n_layers"})
-        found["claims"] += law_claims(found["fit"], "how the onset depends on the number of layers", lambda law: TOLD)
+        found["claims"] += law_claims(found["fit"], "how the onset depends on the number of layers", lambda law: MEASURED)
     return found
 
 
@@ -151,8 +131,7 @@ def first_heads(rows) -> list[float | None]:
 
 def claim_d(variant: str, firsts):
     order = [[x for x in first if x is not None] for first in firsts]
-    telling = [x for x in order if len(set(x)) > 1]
-    how = verdict(telling if len(telling) == len(order) else [], lambda x: x == sorted(x))
+    how = verdict(order, lambda x: in_order(x) if len(x) > 1 else None)
     text = "; ".join(f"seed {seed}: {listed(first, 'layer {}', 0)}" for seed, first in enumerate(firsts))
     claim = f"induction heads form from shallow to deep layers ({label(variant)})"
     return [claim, how, f"first step with a head of I at or above 0.3: {text}"]
@@ -213,9 +192,13 @@ def figure_g(data, scale, file):
 @figure("h", "What dropout and decay do to copying and to loss", treatments)
 def figure_h(data, scale, file):
     """How much each treatment changes three measures at the end of training. Bars are means over seeds of the difference to
-    the base run of the same seed, whiskers their 95% intervals: a whisker that crosses zero tells nothing.
+    the base run of the same seed, whiskers their 95% intervals; one that contains zero is inconclusive.
     """
-    names = {scale.copying: "final accuracy", "val_loss_repeated": "loss on repeated tokens", "val_loss_new": "on new tokens"}
+    names = {
+        scale.copying: "final accuracy",
+        "val_loss_repeated": "loss on repeated tokens",
+        "val_loss_new": "loss on new tokens",
+    }
     found = {name: {n: difference(n, pairs) for n in names} for name, pairs in paired(data, "base").items()}
     picture, axes = panels(3)
     for ax, (name, title) in zip(axes, names.items(), strict=True):
@@ -224,10 +207,10 @@ def figure_h(data, scale, file):
     save(picture, file)
     text = "; ".join(f"{t}: {', '.join(f'{names[n]} {signed(x, 3)}' for n, x in of.items())}" for t, of in found.items())
     claim = "open question 3: what dropout and decay do to copying and to loss, separately"
-    return found | {"claims": [[claim, TOLD, text]]}
+    return found | {"claims": [[claim, MEASURED, text]]}
 
 
-@figure("i", "The ladder of k", shared.base)
+@figure("i", "Order of the k-grams that the model uses", shared.base)
 def figure_i(data, scale, file):
     """Left: how far the answers at hex16 depend on the k-th last token, from 0 (by chance) to 1 (always). Right: copying at
     hex16; a dotted line is what a model would reach that looks up the last k tokens alone.
@@ -248,9 +231,9 @@ def figure_i(data, scale, file):
 
     firsts = [[onset(ladder[k][seed], 0.5, "use") for k in range(4)] for seed in range(len(seeds))]
     climbed = [[x for x in first if x is not None] for first in firsts]
-    how = verdict([x for x in climbed if len(x) > 1] if all(len(x) > 1 for x in climbed) else [], lambda x: x == sorted(set(x)))
+    how = verdict(climbed, lambda x: in_order(x) if len(x) > 1 else None)
     text = "; ".join(f"seed {seed}: {listed(first, 'k = {}', 1)}" for seed, first in enumerate(firsts))
-    claim = "the surge at hex16 climbs k = 1, 2, 3, 4 one after the other"
+    claim = "at hex16 the model uses longer k-grams one after the other, k = 1, 2, 3, 4"
     return {"first_step": firsts, "claims": [[claim, how, f"first step at which the use of token k is one half: {text}"]]}
 
 
@@ -267,7 +250,7 @@ def figure_j(data, scale, file):
     found = {name: [onset(rows, scale.threshold, name) for rows in seeds] for name in names}
     ends = {name: float(np.mean([at_the_end(rows, name) for rows in seeds])) for name in names}
     text = "; ".join(f"{task}: onset at {listed(found[n], 'seed {}', 0)}, end {ends[n]:.2f}" for n, task in names.items())
-    return {"onset": found, "final": ends, "claims": [["open question 1: what else comes with copying", TOLD, text]]}
+    return {"onset": found, "final": ends, "claims": [["open question 1: what else comes with copying", MEASURED, text]]}
 
 
 @figure("k", "Warm-up", shared.warmups)
@@ -299,7 +282,7 @@ def figure_l(data, scale, file):
     first = next((label(name) for name, values in ends.items() if min(values) >= 0.5), "none of the shares")
     text = "; ".join(f"{label(name)}: {', '.join(f'{x:.2f}' for x in values)}" for name, values in ends.items())
     claim = f"the smallest share of copies at which every seed ends with an exact match of 0.5 ({measure_name(exact)})"
-    claims = [[claim, TOLD, f"{first}; at the end {text}"]]
+    claims = [[claim, MEASURED, f"{first}; at the end {text}"]]
     found = {"exact": ends}
     for name, pairs in paired(data, "repeat0").items():
         found[name] = compare(pairs, scale, (scale.copying, "val_loss"))

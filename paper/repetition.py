@@ -1,4 +1,4 @@
-"""How often a corpus repeats itself within a window, and how far that tells what comes next."""
+"""How often a corpus repeats itself within a window, and how well the repeats predict the next token."""
 
 import functools
 from pathlib import Path

@@ -7,6 +7,8 @@ scale}.
 import math
 import re
 
+import numpy as np
+
 from paper.report import above_zero, law_text, signed
 from paper.statistics import exponents, rounding_of_a_difference, summary
 from runtime.curves import at_the_end, onset
@@ -118,8 +120,18 @@ def describe_runs(name: str, seeds, planned: int, config, scale, columns) -> dic
         "runs": label(name), "seeds": len(seeds), "planned": planned, "steps": config.max_steps,
         "tokens a step": config.batch_size * config.seq_len,
         "onset": {f"onset{by}": [onset(rows, level, column) for rows in seeds] for by, column, level in scale.each_onset()},
-        "end": {measure_name(kind): summary(at_the_end(rows, kind) for rows in seeds) if seeds else None for kind in kinds},
+        "end": {measure_name(kind): end_of(kind, seeds) for kind in kinds},
     }  # fmt: skip
+
+
+def end_of(kind: str, seeds) -> dict | None:
+    """Returns the mean of a measure at the end, with its interval; None if the runs do not have it."""
+    if not seeds or any(kind not in rows[-1] for rows in seeds):
+        return None
+    found = summary(at_the_end(rows, kind) for rows in seeds)
+    if found["interval"] and kind != "val_loss":
+        found["interval"] = np.clip(found["interval"], 0, 1).tolist()  # all others are shares
+    return found
 
 
 def label(variant: str) -> str:
@@ -147,7 +159,7 @@ def describe(ax, name: str, axis: str):
 def draw_curves(axes, data, columns: list[tuple[str, str]]):
     """Draws each (measure, axis) into a panel, with a line for each variant."""
     for ax, (name, axis) in zip(axes, columns, strict=True):
-        lines(ax, {label(variant): seeds for variant, seeds in data.items()}, name, axis)
+        lines(ax, {f"{label(variant)} (n = {len(seeds)})": seeds for variant, seeds in data.items()}, name, axis)
         describe(ax, name, axis)
 
 

@@ -1,6 +1,6 @@
 """Runs without and with a treatment, compared seed by seed."""
 
-from paper.report import FAILS, HOLDS, OPEN, above_zero, below_zero, signed
+from paper.report import ENOUGH, FAILS, HOLDS, INCONCLUSIVE, above_zero, below_zero, signed
 from paper.shared import base, every, measure_name
 from paper.statistics import difference, rounding_of_a_difference, summary
 from runtime.curves import onset
@@ -10,7 +10,7 @@ TREATMENTS = {
     "decay0.01": ("weight decay of 0.01", {"weight_decay": 0.01}),
     "decay0.1": ("weight decay of 0.1", {"weight_decay": 0.1}),
 }
-OPPOSITE = {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}
+OPPOSITE = {HOLDS: FAILS, FAILS: HOLDS, INCONCLUSIVE: INCONCLUSIVE}
 
 
 def treatments(scale):
@@ -48,9 +48,10 @@ def earlier(starts, change) -> str:
     """
     without, treated = (sum(x is None for x in side) for side in zip(*starts, strict=True))
     if change is None:
-        return {(0, len(starts)): FAILS, (len(starts), 0): HOLDS}.get((without, treated), OPEN)
+        found = {(0, len(starts)): FAILS, (len(starts), 0): HOLDS}.get((without, treated), INCONCLUSIVE)
+        return found if len(starts) >= ENOUGH else INCONCLUSIVE
     how = below_zero(change["interval"])
-    return OPEN if how == HOLDS and treated > without or how == FAILS and treated < without else how
+    return INCONCLUSIVE if how == HOLDS and treated > without or how == FAILS and treated < without else how
 
 
 def claims_of_treatment(title: str, found: dict, scale, hinders=False) -> list[list[str]]:

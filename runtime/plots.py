@@ -82,7 +82,7 @@ def baselines(ax, name: str, levels: dict[int, float]):
     """Draws a horizontal line for the copying accuracy of each k-gram baseline, at the alphabet `name`."""
     labels = {}  # height of a label -> the k of all levels that are too close to be told apart
     for k, level in levels.items():
-        ax.axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}")
+        ax.axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}: all six")
         near = next((y for y in labels if abs(y - level) < 0.04), level)
         labels.setdefault(near, []).append(str(k))
     for y, ks in labels.items():

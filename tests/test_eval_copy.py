@@ -16,6 +16,7 @@ from cli import run_command
 from config import ROOT, Config, ModelConfig
 from data import bins
 from data.tokenizer import Chars, load_tokenizer
+from errors import UserError
 from kernels import eager
 from measures import batching, heads
 from measures.batching import affordable
@@ -81,6 +82,23 @@ def test_each_checkpoint_of_a_run_is_measured_once(tmp_path, capsys):
     capsys.readouterr()
     assert eval_copy.main([str(tmp_path), "--over_steps", "--samples=4"]) == 0
     assert capsys.readouterr().out.startswith("step 6: ") and metrics.read(tmp_path / "measures.jsonl")[:3] == rows
+    before = (tmp_path / "measures.jsonl").read_bytes()
+    assert eval_copy.main([str(tmp_path), "--over_steps", "--samples=4"]) == 0
+    assert "has all 4 checkpoints" in capsys.readouterr().out
+    save(tmp_path / "ckpt_8.pt", small_model(tokenizer), tokenizer, 8)
+    for other in ("--samples=5", "--context=60", "--alphabet=hex16"):  # the last asks fewer questions, not others
+        status = run_command(eval_copy.main, [str(tmp_path), "--over_steps", "--samples=4", other])
+        refused = "has scores on other questions" in capsys.readouterr().err
+        assert (status, refused) == ((0, False) if other == "--alphabet=hex16" else (2, True))
+        assert ((tmp_path / "measures.jsonl").read_bytes() == before) == refused
+
+
+def test_held_out_text_of_another_tokenizer_is_refused(tmp_path):
+    data = write_dataset(tmp_path / "set", rows=400, length=97)
+    tokenizer = Chars(load_tokenizer(data).size + 3)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    with pytest.raises(UserError, match="its tokenizer is not the model's"):
+        eval_copy.main([str(tmp_path / "ckpt.pt"), "--samples=4", f"--data={data}"])
 
 
 def test_the_loss_by_position_is_that_of_the_data(tmp_path, capsys):
@@ -115,7 +133,7 @@ def test_without_its_induction_head_the_hand_built_model_neither_copies_nor_pred
     assert whole["loss_repeated"] == pytest.approx(losses[again].mean(), rel=1e-4)
     assert whole["loss_new"] == pytest.approx(losses[~again].mean(), rel=1e-4)
     assert without["loss_repeated"] > whole["loss_repeated"] + 1
-    assert "Without k heads" in capsys.readouterr().out
+    assert "Without the k heads" in capsys.readouterr().out
 
 
 def test_the_prompt_is_continued(tmp_path):
@@ -315,6 +333,8 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["ckpt.pt", "--context=97"], "--context=97: this model's context is 96"),
         (["ckpt.pt", "--samples=0"], "--samples=0: expected 1 or more"),
         (["run", "--plot", str(tmp_path / "x.png")], "metrics.jsonl"),
+        (["run", "--over_steps", "--data=a"], "--over_steps writes measures.jsonl alone; leave out --data"),
+        (["run", "nope", "--prompt", "a"], "nope: --prompt and --attention take one model"),
     ]
     for (name, *args), words in cases:
         assert run_command(eval_copy.main, [str(tmp_path / name), *args]) == 2
