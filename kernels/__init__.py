@@ -31,6 +31,10 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
         if name == "fused" and reason:
             raise UserError(f"kernels=fused: {reason}; use --kernels=auto")
         if name == "fused" and device.type == "cpu":
+            if dtype == torch.bfloat16:
+                raise UserError(
+                    "kernels=fused: Triton's interpreter cannot multiply bf16; pass --dtype=fp32, or --kernels=auto"
+                )
             os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
             (say or warnings.warn)("warning: kernels=fused on a CPU runs in Triton's interpreter, a thousand times slower")
         if name == "auto":

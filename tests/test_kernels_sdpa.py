@@ -244,6 +244,16 @@ def test_fused_on_a_cpu_warns_that_it_is_the_interpreter():
         assert kernels.choose("fused", CPU, 16).__name__ == "kernels.fused"
 
 
+def test_fused_on_a_cpu_refuses_bf16_and_a_triton_that_was_imported_to_compile(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: there is no interpreter")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="Triton's interpreter cannot multiply bf16; pass --dtype=fp32, or --kernels=auto"):
+        kernels.choose("fused", CPU, 16, torch.bfloat16)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(UserError, match="on a CPU, TRITON_INTERPRET=1 must be set before Triton is imported"):
+        kernels.choose("fused", CPU, 16, torch.float32)
+
+
 def test_sdpa_needs_no_triton():
     code = """
 import sys
