@@ -95,7 +95,7 @@ def linear_cross_entropy_sum(
     buffer = x.new_empty(min(N, rows), triton.cdiv(len(weight), ALIGNED) * ALIGNED)
     dx = x.new_empty(x.shape if gradient else 0)
     dw = weight.new_empty(0)
-    for start in range(0, N, rows):
+    for start in range(0, max(N, 1), rows):  # no rows at all are one empty chunk, which makes dw zero
         part = slice(start, start + rows)
         logits = torch.mm(x[part], weight.T, out=buffer[: len(x[part]), : len(weight)])  # (rows, V)
         losses[part] = loss_and_dlogits(logits, targets[part], gradient)
