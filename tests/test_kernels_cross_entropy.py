@@ -132,6 +132,15 @@ def test_backward_may_run_twice_and_add_up():
     assert all(torch.equal(2 * a, b) for a, b in zip(once, again, strict=True))
 
 
+def test_a_second_derivative_is_refused():
+    x, w, targets = randn(9, 32), randn(50, 32), some_targets(9, 50)
+    loss = linear_cross_entropy(x, w, targets)
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    for differentiated in (dx.square().sum(), loss + dx.square().sum()):
+        with pytest.raises(RuntimeError, match="linear_cross_entropy_backward.* no autograd formula was registered"):
+            torch.autograd.grad(differentiated, x, retain_graph=True)
+
+
 def test_inputs_may_be_slices_or_transposed():
     x = torch.randn(9, 100, device=DEVICE)[:, 3:35].requires_grad_()
     w = torch.randn(32, 50, device=DEVICE).T.requires_grad_()
