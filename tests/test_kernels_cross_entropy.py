@@ -16,7 +16,7 @@ from tests.kernel_checks import (  # noqa: F401
     randn,
 )
 
-from kernels import eager  # isort: skip  after the interpreter is set up
+from kernels import cross_entropy, eager  # isort: skip  after the interpreter is set up
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_sum, loss_and_dlogits  # isort: skip
 
 
@@ -116,11 +116,16 @@ def test_chunks_add_up_in_fp32():
     assert sums.item() < 1.0
 
 
-def test_without_gradients_none_are_made():
+def test_without_gradients_none_are_made(monkeypatch):
     x, w, targets = randn(9, 32), randn(50, 32), some_targets(9, 50)
+    asked = []
+    spy = lambda *args: (asked.append(args[-1]), linear_cross_entropy_sum(*args))[1]  # noqa: E731
+    monkeypatch.setattr(cross_entropy, "linear_cross_entropy_sum", spy)
     with torch.no_grad():
         loss = linear_cross_entropy(x, w, targets)
     assert torch.equal(loss, linear_cross_entropy(x, w, targets).detach())
+    assert torch.equal(loss, linear_cross_entropy(x.detach(), w.detach(), targets))
+    assert asked == [False, True, False]
     assert [t.numel() for t in linear_cross_entropy_sum(x, w, targets, 9, False)[1:]] == [0, 0]
 
 
