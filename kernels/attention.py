@@ -352,6 +352,7 @@ def check(q, k, v, dropout_p, seed):
     assert 1 <= Tq <= Tk, f"{Tq} queries for {Tk} keys: expected 1 to {Tk}, the last positions"
     assert D in LARGE_TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=sdpa"
     assert 0 <= dropout_p < 1 and (dropout_p == 0 or seed.shape == (B,)), f"dropout {dropout_p}: expected 0 <= p < 1, seed (B,)"
+    assert dropout_p == 0 or seed.dtype == torch.int64, f"seed is {seed.dtype}: expected int64"
 
 
 def padded(Tq):
@@ -376,6 +377,7 @@ def launch(name, kernel, q, k, v, tensors, dropout_p):
 def forward(q, k, v, dropout_p, seed):
     """Returns out (B, Tq, H, D) and, for the backward pass, lse (B, H, stats_T) in fp32."""
     check(q, k, v, dropout_p, seed)
+    seed = rows(seed) if dropout_p else None
     out, lse = empty_outputs(q)
     launch("forward", attention_forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
     return out, lse
@@ -427,6 +429,7 @@ def attention_backward(
     cos, sin (Tk, D/2) fp32. Where there are fewer queries than keys, the rows of q before the first are not written.
     """
     q, k, v, do, cos, sin = rows(q), rows(k), rows(v), do.contiguous(), cos.contiguous(), sin.contiguous()
+    seed = rows(seed) if dropout_p else None
     dqkv = packed_gradient(q, k)
     stats = lse.new_empty(*lse.shape, 2)  # side by side, one load of 64 x 2 numbers gives each of 128 threads one
     launch("dq", attention_dq_kernel, q, k, v, (out, do, lse, seed, cos, sin, dqkv, stats), dropout_p)

@@ -15,6 +15,7 @@ from tests.kernel_checks import (  # noqa: F401
     needs_gpu,
     outputs_start_as_nan,
     randn,
+    run,
 )
 
 from kernels import eager  # isort: skip  after the interpreter is set up
@@ -99,6 +100,14 @@ def test_a_sequence_keeps_its_mask_in_any_batch():
     for b in range(3):
         assert torch.equal(causal_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], 0.5, seed[b : b + 1])[0], together[b])
     assert not torch.equal(causal_attention(q, k, v, 0.5, seed + 1), together)
+
+
+@pytest.mark.parametrize("seed", [torch.arange(4)[::2], torch.tensor([7]).expand(2)], ids=["slice", "expanded"])
+def test_seeds_may_have_any_strides(seed):
+    inputs, seed = qkv(2, 9, 9, 2, 1, 32), seed.to(DEVICE)
+    do = torch.randn_like(inputs[0])
+    results = [run(lambda q, k, v, s=s: causal_attention(q, k, v, 0.5, s), inputs, [do]) for s in (seed, seed.contiguous())]
+    assert seed.stride() != (1,) and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def torch_rotary_attention(qkv, cos, sin, n_kv_heads, dropout_p, seed):
@@ -190,6 +199,11 @@ def test_what_it_cannot_do_is_said(change, said):
     shape = dict(B=1, Tq=8, Tk=8, H=4, Hkv=2, Dh=32) | change
     with pytest.raises(AssertionError, match=said):
         causal_attention(*qkv(*shape.values()))
+
+
+def test_seeds_of_another_dtype_are_refused():
+    with pytest.raises(AssertionError, match="seed is torch.int32: expected int64"):
+        causal_attention(*qkv(2, 9, 9, 2, 1, 32), 0.5, some_seed(2).int())
 
 
 def test_registration_holds():
