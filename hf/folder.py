@@ -39,6 +39,7 @@ LLAMA3 = {
     "rope_original_seq_len": "original_max_position_embeddings",
 }  # fmt: skip
 ROPE = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": LLAMA3}
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix if the embeddings are tied
 OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the state of data.tokenizer without its file
 TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json", "tiktoken": "tokenizer.tiktoken"}
 
@@ -125,11 +126,11 @@ def tensor_names(c: ModelConfig) -> dict[str, dict[str, tuple]]:
         layer[f"{ours}.weight"] = {f"{name}.weight": (rows, columns) for name, rows in theirs.items()}
         if bias:
             layer[f"{ours}.bias"] = {f"{name}.bias": (rows,) for name, rows in theirs.items()}
-    names = {"embed.weight": {"model.embed_tokens.weight": (c.vocab_size, d)}, "norm": {"model.norm.weight": (d,)}}
+    names = {"embed.weight": {EMBED: (c.vocab_size, d)}, "norm": {"model.norm.weight": (d,)}}
     for i in range(c.n_layers):
         for ours, theirs in layer.items():
             names[f"blocks.{i}.{ours}"] = {f"model.layers.{i}.{name}": shape for name, shape in theirs.items()}
-    return names if c.tie_embeddings else names | {"lm_head.weight": {"lm_head.weight": (c.vocab_size, d)}}
+    return names if c.tie_embeddings else names | {"lm_head.weight": {HEAD: (c.vocab_size, d)}}
 
 
 def _json(path: Path) -> dict:
@@ -230,9 +231,14 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
                 raise UserError(f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}")
             if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise UserError(f"{path}: {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16")
+        if config.tie_embeddings and HEAD in found and EMBED in found:
+            head, embed = (found[name][1].get_tensor(name) for name in (HEAD, EMBED))
+            if head.dtype != embed.dtype or not torch.equal(head, embed):
+                differs = "lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings to false"
+                raise UserError(f"{folder / 'config.json'}: tie_word_embeddings is true, but {differs}")
         # Derived, and so not read: the rotary tables of old folders, and a tied lm_head.
         derived = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
-        derived |= {"lm_head.weight"} if config.tie_embeddings else set()
+        derived |= {HEAD} if config.tie_embeddings else set()
         if unknown := sorted(found.keys() - shapes.keys() - derived):
             raise UserError(f"{found[unknown[0]][0]}: tensor {unknown[0]} has no place in this Llama")
         ours = {}

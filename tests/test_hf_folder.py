@@ -219,6 +219,25 @@ def test_shards_and_what_old_folders_leave_out_or_keep_are_read(folder):
     assert all(torch.equal(after["model"][name], w) for name, w in before["model"].items())
 
 
+@pytest.fixture
+def tied(tmp_path):
+    """A folder with tied embeddings, and its tensors."""
+    saved(tmp_path / "ckpt.pt", Bytes(), **SHAPES["tied"])
+    export.export(tmp_path / "ckpt.pt", tmp_path / "tied")
+    return tmp_path / "tied", safetensors.load_file(tmp_path / "tied/model.safetensors")
+
+
+def test_a_tied_lm_head_is_read_if_it_is_the_embedding_and_refused_if_it_differs(tied):
+    folder, tensors = tied
+    before, embed = huggingface.read(folder), tensors["model.embed_tokens.weight"]
+    safetensors.save_file(tensors | {"lm_head.weight": embed.clone()}, folder / "model.safetensors")
+    after = huggingface.read(folder)
+    assert all(torch.equal(after["model"][name], w) for name, w in before["model"].items())
+    for head in (embed + 1, embed.half(), embed[:-1]):
+        safetensors.save_file(tensors | {"lm_head.weight": head.clone()}, folder / "model.safetensors")
+        assert "lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings to false" in line(folder)
+
+
 # The same ids
 
 
