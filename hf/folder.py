@@ -212,7 +212,6 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     """
     safetensors = require("safetensors", "a Hugging Face folder", "hf")
     wanted = tensor_names(config)
-    shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
     with contextlib.ExitStack() as stack:
         found = {}  # their name -> (file, handle)
         for path in _shards(folder):
@@ -223,6 +222,9 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
             except (safetensors.SafetensorError, OSError) as e:
                 raise UserError(f"{path}: damaged, or not safetensors ({str(e).splitlines()[0]})") from None
             found |= {name: (path, handle) for name in handle.keys()}
+        if config.tie_embeddings and HEAD in found and EMBED not in found:
+            wanted["embed.weight"] = {HEAD: wanted["embed.weight"][EMBED]}
+        shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
         for name, shape in shapes.items():
             if name not in found:
                 raise UserError(f"{folder}: has no tensor {name}")

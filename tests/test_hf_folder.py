@@ -227,12 +227,14 @@ def tied(tmp_path):
     return tmp_path / "tied", safetensors.load_file(tmp_path / "tied/model.safetensors")
 
 
-def test_a_tied_lm_head_is_read_if_it_is_the_embedding_and_refused_if_it_differs(tied):
+def test_a_tied_matrix_is_read_under_either_name_or_both_and_refused_if_they_differ(tied):
     folder, tensors = tied
     before, embed = huggingface.read(folder), tensors["model.embed_tokens.weight"]
-    safetensors.save_file(tensors | {"lm_head.weight": embed.clone()}, folder / "model.safetensors")
-    after = huggingface.read(folder)
-    assert all(torch.equal(after["model"][name], w) for name, w in before["model"].items())
+    both = tensors | {"lm_head.weight": embed.clone()}
+    for stored in (both, {name: w for name, w in both.items() if name != "model.embed_tokens.weight"}):
+        safetensors.save_file(stored, folder / "model.safetensors")
+        after = huggingface.read(folder)
+        assert all(torch.equal(after["model"][name], w) for name, w in before["model"].items())
     for head in (embed + 1, embed.half(), embed[:-1]):
         safetensors.save_file(tensors | {"lm_head.weight": head.clone()}, folder / "model.safetensors")
         assert "lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings to false" in line(folder)
