@@ -24,13 +24,17 @@ class TokenizerJson(Tokenizer):
         library = require("tokenizers", "a tokenizer.json", "hf")
         try:
             self.tokenizer = library.Tokenizer.from_buffer(model)
-        except Exception as e:  # tokenizers raises no narrower class
-            raise UserError(f"not a tokenizer.json that the installed tokenizers reads ({str(e).splitlines()[0]})") from None
+        except BaseException as e:  # tokenizers raises no narrower class than Exception, and its panics are not even that
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
+            raise UserError(f"not a tokenizer.json that the installed tokenizers reads ({_reason(e)})") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # text that reads like a special token is text
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special} | {bos, eos} - {None}
         text = set(self.tokenizer.get_vocab().values()) - special
+        if not text:
+            raise UserError("tokenizer.json has an empty vocabulary")
         self.size = 1 + max(text | {i for i in special if i < vocab_size})
         self.special = frozenset(range(self.size)) - text
 
@@ -46,7 +50,10 @@ class TokenizerJson(Tokenizer):
         return {"bos": bos, "eos": eos, "vocab_size": size}
 
     def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as e:
+            raise UserError(f"tokenizer.json cannot encode this text ({_reason(e)})") from None
 
     def decode(self, ids):
         return self.tokenizer.decode(self._text_ids(ids))
@@ -60,3 +67,7 @@ class TokenizerJson(Tokenizer):
     def _id_of(self, c):
         i = self.tokenizer.token_to_id(c)
         return None if i in self.special else i
+
+
+def _reason(e: BaseException) -> str:
+    return (str(e) or type(e).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ import data.tokenizer
 import data.tokenizer_kinds as kinds
 from data.meta import load_meta
 from data.tokenizer import get_tokenizer, load_tokenizer, tokenizer_from_state, tokenizer_to_meta, train_bpe
+from data.tokenizer_json import TokenizerJson
 from data.tokenizer_kinds import GPT2_PATTERN, HEX, Bytes, Chars, Ids, SentencePiece, Tiktoken, _pieces
 from data.writer import Writer
 from errors import UserError
@@ -265,6 +266,30 @@ def test_a_ranks_file_that_is_none_is_refused():
         with pytest.raises(UserError, match="not a ranks file of tiktoken: ") as e:
             Tiktoken(lines)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "normalizer", "said"),
+    [
+        ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": ""}, None, "cannot encode this text (WordLevel error: "),
+        ({"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None}, None, "cannot encode this text (Encountered an unknown"),
+        ({"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "?"}, None, "cannot encode this text (Unk token"),
+        ({"type": "BPE", "vocab": {}, "merges": []}, None, "tokenizer.json has an empty vocabulary"),
+        (
+            {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": ""},
+            {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+            "not a tokenizer.json that the installed tokenizers reads (Precompiled",
+        ),
+    ],
+    ids=["WordLevel", "Unigram", "BPE", "empty", "charsmap"],
+)
+def test_a_tokenizer_json_that_cannot_encode_or_be_read_is_refused_in_one_line(model, normalizer, said):
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed: tokenizer.json cannot be read")
+    parts = dict.fromkeys(("truncation", "padding", "pre_tokenizer", "post_processor", "decoder"))
+    file = {"version": "1.0", "added_tokens": [], "model": model, "normalizer": normalizer} | parts
+    with pytest.raises(UserError, match=re.escape(said)) as e:
+        TokenizerJson(json.dumps(file).encode()).encode("z")
+    assert "\n" not in str(e.value)
 
 
 def test_a_name_gives_its_tokenizer(tmp_path, bpe):
