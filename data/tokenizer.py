@@ -58,8 +58,8 @@ def _config_beside(path: Path) -> dict:
     """Returns what config.json beside a tokenizer.json says of its ids."""
     try:
         values = json.loads((path.parent / "config.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError("there is no config.json beside it, which names its bos") from None
+    except (OSError, ValueError, RecursionError):
+        raise UserError("expected a readable config.json beside it, which names its bos") from None
     return TokenizerJson.named_in(values if isinstance(values, dict) else {})
 
 

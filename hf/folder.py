@@ -138,7 +138,7 @@ def _json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read ({type(e).__name__})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")

@@ -408,9 +408,11 @@ def test_a_tokenizer_json_that_cannot_be_read_is_refused_in_one_line(byte_level,
     assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
     damaged, missing = capsys.readouterr().err.strip().splitlines()
     assert "not a tokenizer.json that" in damaged and "pip install '.[hf]'" in missing
-    (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json: there is no config.json beside it, which names its bos"):
-        get_tokenizer(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("[" * 100_000)
+    for _ in range(2):
+        with pytest.raises(UserError, match="tokenizer.json: expected a readable config.json beside it"):
+            get_tokenizer(str(folder / "tokenizer.json"))
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 def test_a_folder_without_a_tokenizer_says_so_in_one_line(tmp_path, capsys):
@@ -510,7 +512,7 @@ def test_damaged_missing_and_foreign_files_are_refused_in_one_line(folder):
         assert "its weight_map does not name files of this folder" in line(folder)
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}}))
     assert "model-1.safetensors: no such file" in line(folder)
-    for text in ("", "[]", "{", '"model_type"'):
+    for text in ("", "[]", "{", '"model_type"', '{"model_type": ' + "[" * 100_000):
         (folder / "config.json").write_text(text)
         line(folder)
 
