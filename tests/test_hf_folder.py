@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_copy
+import sample
 from cli import run_command
 from config import ROOT, Config, ModelConfig, from_dict
 from data import prepare
@@ -331,6 +332,11 @@ def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
     assert run_command(export.main, [str(tmp_path / "ckpt.pt"), str(tmp_path / "out")]) == 0
     assert "no tokenizer was written, because the checkpoint has none (ids): pass token ids" in capsys.readouterr().out
     assert huggingface.read(tmp_path / "out")["tokenizer"] == {"kind": "ids", "size": 50}
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_in_one_line(folder, capsys):
+    assert run_command(sample.main, [str(folder), "--prompt=a\udc80", "--device=cpu"]) == 2
+    assert capsys.readouterr().err == "--prompt: the text is not valid UTF-8\n"
 
 
 # tokenizer.json of others
