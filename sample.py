@@ -41,7 +41,8 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
         model = Llama(config, ops, dtype)
     checkpoint.restore(path, state, model)
     model.to(device)
-    tokenizer = tokenizer_from_state(state["tokenizer"])
+    with about(path):
+        tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
     return model.eval(), tokenizer, state["step"]

@@ -25,7 +25,7 @@ def export(path, folder) -> str:
     state = checkpoint.load(path)
     with about(path):
         from_checkpoint(state["config"])
-    tokenizer = tokenizer_from_state(state["tokenizer"])
+        tokenizer = tokenizer_from_state(state["tokenizer"])
     has_tokenizer_json = hf_folder.write(folder, state, tokenizer)
     size = sum(p.stat().st_size for p in Path(folder).iterdir())
     lines = [

@@ -16,6 +16,7 @@ import torch
 
 from config import ModelConfig, from_checkpoint, from_dict
 from data.tokenizer_json import TokenizerJson
+from data.tokenizer_kinds import SentencePiece
 from errors import UserError, about, require
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
@@ -201,7 +202,13 @@ def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
         if file is None:
             return state
         if (folder / file).is_file():
-            return state | {"model": (folder / file).read_bytes()}
+            model = (folder / file).read_bytes()
+            if ours is None and file == "tokenizer.model" and (folder / "tokenizer.json").is_file():
+                try:
+                    SentencePiece(model)
+                except UserError:  # as Llama 3's own tokenizer.model, which holds the ranks of tiktoken
+                    continue
+            return state | {"model": model}
     return {"kind": "ids", "size": config.vocab_size}
 
 

@@ -396,6 +396,17 @@ def test_a_folder_with_tokenizer_json_continues_a_prompt_and_is_scored_on_its_he
     assert "hex16 (16 ids)" in out and "warning" not in err
 
 
+def test_a_tokenizer_model_that_is_not_sentencepieces_yields_to_tokenizer_json_and_else_is_refused(
+    byte_level, tmp_path, capsys
+):
+    folder = with_tokenizer_json(tmp_path, byte_level)
+    (folder / "tokenizer.model").write_bytes(ranks(TOKENS))  # as Llama 3's own
+    assert eval_copy.load(folder, device="cpu")[1].kind == "tokenizers"
+    (folder / "tokenizer.json").unlink()
+    assert run_command(eval_copy.main, [str(folder), "--device=cpu"]) == 2
+    assert capsys.readouterr().err == f"{folder}: {len(ranks(TOKENS))} bytes that are not a sentencepiece model\n"
+
+
 def test_special_tokens_beyond_the_model_are_left_out_and_others_refused(byte_level, tmp_path, capsys):
     more = json.loads(byte_level)
     more["added_tokens"].append(more["added_tokens"][-1] | {"id": 403, "content": "[PAD]"})
