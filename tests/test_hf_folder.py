@@ -358,7 +358,8 @@ def byte_level(corpus):
     tokenizer.add_special_tokens(SPECIAL)
     bos = SPECIAL[0]
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 400)])
-    tokenizer.enable_truncation(5)  # as some folders have it
+    tokenizer.enable_truncation(5)  # as some folders have both
+    tokenizer.enable_padding(length=50)
     return tokenizer.to_str()
 
 
