@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.eager import split_heads
 from kernels.rotary import rotate, rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -388,11 +389,6 @@ def empty_outputs(q):
     return q.new_empty(q.shape), q.new_empty((B, H, padded(Tq)), dtype=torch.float32)
 
 
-def parts(qkv, n_kv_heads):
-    """Returns the views q, k and v of a packed (B, T, H + 2 Hkv, D)."""
-    return qkv.split((qkv.shape[2] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=2)
-
-
 # Inductor's cache on disk knows an op by its name: one whose arguments or results change takes a new name.
 @torch.library.custom_op("copyllama::attention_forward", mutates_args=())
 def attention(
@@ -406,7 +402,7 @@ def packed_attention(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_kv_heads: int, dropout_p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns out and, for the backward pass, lse and the rotated q and k."""
-    q, k, v = parts(qkv, n_kv_heads)
+    q, k, v = split_heads(qkv, n_kv_heads)
     q, k = rotate(q, k, cos, sin)
     return *forward(q, k, v, dropout_p, seed), q, k
 
@@ -449,7 +445,7 @@ def _(q, k, v, dropout_p, seed):
 
 @packed_attention.register_fake
 def _(qkv, cos, sin, n_kv_heads, dropout_p, seed):
-    q, k, _ = parts(qkv, n_kv_heads)
+    q, k, _ = split_heads(qkv, n_kv_heads)
     return *empty_outputs(q), q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -468,7 +464,7 @@ def gradient(ctx, do, _):
     q, k, *others = ctx.saved_tensors
     Tq, (_, Tk, Hkv, D) = q.shape[1], k.shape
     cos = q.new_ones(Tk, D // 2, dtype=torch.float32)  # a rotation by 0
-    dq, dk, dv = parts(attention_backward(q, k, *others, do, cos, torch.zeros_like(cos), ctx.dropout_p), Hkv)
+    dq, dk, dv = split_heads(attention_backward(q, k, *others, do, cos, torch.zeros_like(cos), ctx.dropout_p), Hkv)
     return dq[:, Tk - Tq :], dk, dv, None, None
 
 
@@ -480,7 +476,7 @@ def save_packed(ctx, inputs, output):
 
 def packed_gradient_formula(ctx, do, *_):
     qkv, cos, sin, seed, out, lse, q, k = ctx.saved_tensors
-    v = parts(qkv, ctx.n_kv_heads)[2]
+    v = split_heads(qkv, ctx.n_kv_heads)[2]
     return attention_backward(q, k, v, seed, out, lse, do, cos, sin, ctx.dropout_p), None, None, None, None, None
 
 
