@@ -16,7 +16,7 @@ GPT2_CHARS = 2**19  # given to tiktoken at once: the pattern overflows its stack
 
 
 class Tokenizer:
-    """One interface to all kinds.
+    """The interface of all tokenizers.
 
     size: number of ids
     bos, eos: the ids that begin and end a document, or None
@@ -85,7 +85,7 @@ class Chars(Tokenizer):
 
     kind = "chars"
     FIRST = string.ascii_letters + string.digits + " ."
-    MOST = 0xA000 - 0x4E00  # of the block CJK Unified Ideographs
+    MOST = 0xA000 - 0x4E00  # size of the Unicode block CJK Unified Ideographs
 
     def __init__(self, alphabet: int):
         n = alphabet
@@ -233,7 +233,7 @@ def _pieces(text: str):
 
 
 class Ids(Tokenizer):
-    """Ids without text: what bins without a meta.json hold."""
+    """Token ids without text, as in bins without a meta.json."""
 
     kind = "ids"
 

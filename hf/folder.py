@@ -32,9 +32,9 @@ FIELDS = {
 # What config.json may leave out, with the defaults of transformers' LlamaConfig. n_kv_heads 0 means n_heads, head_dim likewise.
 DEFAULTS = dict(n_kv_heads=0, head_dim=0, seq_len=2048, norm_eps=1e-6, tie_embeddings=False, attn_dropout=0.0)
 DEFAULTS |= dict(attention_bias=False, mlp_bias=False)
-# The only values that model.py computes.
-COMPUTED = {"hidden_act": "silu", "quantization_config": None, "sliding_window": None, "partial_rotary_factor": 1.0}
-# The parameters of each type of rotary positions, beside rope_theta.
+# The only values that model.py supports.
+SUPPORTED = {"hidden_act": "silu", "quantization_config": None, "sliding_window": None, "partial_rotary_factor": 1.0}
+# The parameters of each rope_type, beside rope_theta.
 LLAMA3 = {
     "rope_factor": "factor", "rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor",
     "rope_original_seq_len": "original_max_position_embeddings",
@@ -62,7 +62,7 @@ def read(folder) -> dict:
 
     `model` has our names and the dtypes of the files, `config` has the fields of ModelConfig, `step` is 0, and `tokenizer` is
     that of the checkpoint that was exported here, of tokenizer.model or of tokenizer.json; its kind is ids if there is none.
-    Raises UserError if something is damaged or missing, or if it is not a Llama that model.py computes.
+    Raises UserError if something is damaged or missing, or if model.py does not support the model.
     """
     folder = Path(folder)
     values = _json(folder / "config.json")
@@ -80,7 +80,7 @@ def write(folder, state: dict, tokenizer) -> bool:
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new or an empty folder")
+        raise UserError(f"{folder}: already exists and is not empty; pass a new or empty folder")
     config = from_checkpoint(state["config"])
     weights = _their_weights(state["model"], config)
     tokenizer_files = hf_tokenizer.files(tokenizer)
@@ -147,24 +147,25 @@ def _json(path: Path) -> dict:
 
 
 def _fields(values: dict) -> dict:
-    """Returns the settings in config.json. Raises UserError for a model that model.py does not compute."""
+    """Returns the settings in config.json. Raises UserError for a model that model.py does not support."""
     if values.get("model_type") != "llama":
-        raise UserError(f"model_type={values.get('model_type')}: expected llama; no other is read")
+        raise UserError(f"model_type={values.get('model_type')}: expected llama; other models are not supported")
     if values.get("architectures") not in (None, ["LlamaForCausalLM"]):
         raise UserError(f"architectures={values['architectures']}: expected LlamaForCausalLM")
-    for name, value in COMPUTED.items():
+    for name, value in SUPPORTED.items():
         if values.get(name) not in (None, value):
-            raise UserError(f"{name}={json.dumps(values[name])}: expected {json.dumps(value)}; nothing else is computed")
+            raise UserError(f"{name}={json.dumps(values[name])}: expected {json.dumps(value)}; other values are not supported")
     found = DEFAULTS | {ours: values[theirs] for ours, theirs in FIELDS.items() if values.get(theirs) is not None}
     if lacking := [theirs for ours, theirs in FIELDS.items() if ours not in found]:
-        raise UserError(f"it has no {', '.join(lacking)}")
+        raise UserError(f"missing {', '.join(lacking)}")
     return found | _rope(values, found["seq_len"])
 
 
 def _rope(values: dict, seq_len: int) -> dict:
-    """Returns the settings of rotary positions: rope_scaling in config.json, since transformers 5 rope_parameters."""
+    """Returns the settings of the rotary embedding, from rope_scaling or, since transformers 5, rope_parameters."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    refused = UserError(f"rotary positions {json.dumps(rope)}: expected {', '.join(ROPE)} as rope_type, with its parameters")
+    expected = "rope_type must be default, linear or llama3, with all its parameters"
+    refused = UserError(f"unsupported RoPE scaling {json.dumps(rope)}: {expected}")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3.values()}
     if not isinstance(rope, dict) or rope.keys() - known or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise refused
@@ -234,10 +235,10 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         shapes = {name: shape for theirs in wanted.values() for name, shape in theirs.items()}
         for name, shape in shapes.items():
             if name not in found:
-                raise UserError(f"{folder}: has no tensor {name}")
+                raise UserError(f"{folder}: tensor {name} is missing")
             path, stored = found[name][0], found[name][1].get_slice(name)
             if tuple(stored.get_shape()) != shape:
-                raise UserError(f"{path}: {name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}")
+                raise UserError(f"{path}: {name} has shape {tuple(stored.get_shape())}, expected {shape} from config.json")
             if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise UserError(f"{path}: {name} is stored as {stored.get_dtype()}; expected F32, F16 or BF16")
         if config.tie_embeddings and HEAD in found and EMBED in found:
@@ -249,7 +250,7 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         derived = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
         derived |= {HEAD} if config.tie_embeddings else set()
         if unknown := sorted(found.keys() - shapes.keys() - derived):
-            raise UserError(f"{found[unknown[0]][0]}: tensor {unknown[0]} has no place in this Llama")
+            raise UserError(f"{found[unknown[0]][0]}: unexpected tensor {unknown[0]}: config.json describes no such parameter")
         ours = {}
         for name, theirs in wanted.items():
             parts = [found[part][1].get_tensor(part) for part in theirs]
@@ -261,7 +262,7 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; other formats are not read")
+        raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; other formats are not supported")
     files = _json(folder / INDEX).get("weight_map")
     files = set(files.values()) if isinstance(files, dict) and all(isinstance(f, str) for f in files.values()) else set()
     if not files or any(Path(file).name != file for file in files):

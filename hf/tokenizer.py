@@ -1,6 +1,6 @@
 """Converts a tokenizer to the tokenizer.json of Hugging Face's library `tokenizers`, which transformers' AutoTokenizer reads.
 
-The ids are those of our own encode(). Text that looks like a special token is encoded as text, here as there
+The ids are those of our own encode(). Text that looks like a special token is encoded as text on both sides
 (split_special_tokens). transformers puts bos before a text unless told otherwise; our encode() leaves that to its caller.
 """
 
@@ -45,7 +45,7 @@ def _bytes(library, tokenizer):
 
 def _chars(library, tokenizer):
     vocab = {c: i for i, c in enumerate(tokenizer.alphabet)} | {"<s>": tokenizer.bos}
-    # A character outside the alphabet is an error there too: this model has no unknown token.
+    # A character outside the alphabet is an error in tokenizers too: this model has no unknown token.
     theirs = library.Tokenizer(library.models.WordLevel(vocab, unk_token=""))
     theirs.pre_tokenizer = library.pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
     theirs.decoder = library.decoders.Fuse()

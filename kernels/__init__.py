@@ -1,4 +1,4 @@
-"""Op sets: modules that offer the same functions, of which a model is given one.
+"""Op sets: modules that define the same functions. A model is constructed with one of them.
 
 eager  defines each op in plain PyTorch
 sdpa   PyTorch's own fused kernels
@@ -16,15 +16,16 @@ import torch
 
 from errors import UserError
 
-HEAD_DIMS = (16, 32, 64, 128)  # that the Triton attention supports
-SDPA_IS_FASTER = ()  # compute capabilities, (major, minor), at which `bench.py check` finds it; 9.0 is not one
+HEAD_DIMS = (16, 32, 64, 128)  # supported by the Triton attention
+# Compute capabilities (major, minor) on which `bench.py check` found SDPA faster; 9.0 is not among them.
+SDPA_IS_FASTER = ()
 
 
 def choose(name: str, device, head_dim: int, dtype=None, say=None):
     """Returns the op set (a module) for --kernels=name, a torch.device, a head dim and the dtype of the activations.
 
-    auto: fused on an NVIDIA GPU with 16-bit activations if nothing speaks against it, else sdpa; `say`, if given, is called
-    with one line that names the choice and the reason. Raises errors.UserError if the named set cannot run here.
+    auto: fused on an NVIDIA GPU with 16-bit activations where `why_not_fused` returns None, else sdpa; `say`, if given, is
+    called with one line that names the choice and the reason. Raises errors.UserError if the named set cannot run here.
     """
     if name in ("auto", "fused"):
         reason = why_not_fused(device, head_dim)
@@ -43,7 +44,7 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
             elif not reason and torch.cuda.get_device_capability(device) in SDPA_IS_FASTER:
                 reason = "it is faster on this generation of GPUs"
             elif dtype == torch.float32:
-                reason = reason or "the Triton attention is made for 16-bit activations"
+                reason = reason or "the Triton attention is tuned for 16-bit activations"
             name = "sdpa" if reason else "fused"
             if say:
                 say(f"kernels: {name}" + (f", because {reason}" if reason else ""))
@@ -51,7 +52,7 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
 
 
 def describe(ops, device) -> str:
-    """Returns the name of an op set, on a GPU with the table of tiles that its Triton kernels take: "fused, tiles of sm_90"."""
+    """Returns the name of an op set, on a GPU with the table of tiles that its Triton kernels use: "fused, tiles of sm_90"."""
     name = ops.__name__.removeprefix("kernels.")
     if name != "fused" or device.type != "cuda":
         return name

@@ -19,7 +19,7 @@ Backward is two kernels that both recompute S: one owns a block of keys (dk, dv)
 that suits it. With grouped queries the dk, dv program loops over the query heads of its key head; K and V are never repeated.
 
 Both write into one tensor, the gradient of the packed projection qkv, which its matmul reads as it is. The gradients of q and
-k are rotated back (kernels.rotary) before they are stored, in fp32: that of the rotation moves no bytes of its own.
+k are rotated back (kernels.rotary) in fp32 before they are stored, so the backward pass of the rotation adds no memory traffic.
 
 Program ids are cast to int64 before they are multiplied; offsets inside a tile are int32.
 """
@@ -36,7 +36,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def keep_mask(seed, head, first_query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPPED: tl.constexpr):
-    """The probabilities of a tile that dropout keeps, (QUERIES, KEYS). One Philox call gives 16 bytes, for 16 keys."""
+    """Returns the dropout keep mask of a tile, (QUERIES, KEYS) bool. One Philox call gives 16 bytes, for 16 keys."""
     query = (first_query + tl.arange(0, QUERIES)[:, None]).to(tl.uint32)  # (QUERIES, 1)
     group = (first_key // 16 + tl.arange(0, KEYS // 16)[None, :]).to(tl.uint32)  # (1, KEYS/16)
     query, group = tl.broadcast(query, group)  # (QUERIES, KEYS/16)
@@ -82,7 +82,7 @@ def attention_forward_kernel(
     H: tl.constexpr,
     GROUP: tl.constexpr,  # H / Hkv
     D: tl.constexpr,
-    DROPPED: tl.constexpr,  # of 256
+    DROPPED: tl.constexpr,  # dropout probability in units of 1/256
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -291,7 +291,7 @@ LARGE_TILES = {
     "dq dropout": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
     "dkdv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 8, 2)},
     "dkdv dropout": FEW_QUERIES,
-    "dkdv grouped": FEW_QUERIES,  # 64 spill
+    "dkdv grouped": FEW_QUERIES,  # 64 queries spill
 }
 SMALL_TILES = LARGE_TILES | {
     "forward": LARGE_TILES["forward"] | {64: (64, 64, 4, 2)},
@@ -302,7 +302,7 @@ SMALL_TILES = LARGE_TILES | {
     "dkdv dropout": {16: SMALLEST, 32: SMALLEST, 64: (32, 32, 4, 1), 128: (32, 32, 4, 1)},
     "dkdv grouped": FEW_QUERIES | {128: (32, 32, 4, 1)},
 }
-TILES = {  # by ten times the compute capability from which they apply
+TILES = {  # keyed by ten times the lowest compute capability that uses them
     80: SMALL_TILES | {"forward": LARGE_TILES["forward"]},
     86: SMALL_TILES,
     90: LARGE_TILES

@@ -5,9 +5,10 @@
 
 At 65,536 tokens and a vocabulary of 32,000 the logits are the largest tensor of a training step, 4.2 GB in bf16. The Triton
 kernel reads and writes each of them once, 8.4 GB: it computes the loss of a row and overwrites the row with its gradient, in
-a buffer that this op allocated and nobody else sees. dx and dw are formed from it at once, so that what outlives the op is
-as large as x and weight, and backward only scales the two. If the logits would not fit into memory, the rows are processed
-in chunks, and dw is summed over these in fp32.
+a buffer that this op allocated and nobody else sees. dx and dw are formed from it at once: only dx and dw, the size of x and
+weight, are kept for backward, which scales them. If the logits would not fit into memory, the rows are processed in chunks,
+and dw is summed over these in fp32. dw is divided by the number of targets only in backward: in fp16 it is infinite where the
+sum over the rows exceeds 65,504.
 
 A program processes one row, block by block, in two passes: one for the running maximum m_i and sum of exponentials l_i
 (Milakov & Gimelshein 2018), one for the gradient. The second pass reads from the L2 cache: 132 multiprocessors with 4 rows of

@@ -3,7 +3,7 @@
     y1 = x1 cos - x2 sin    y2 = x2 cos + x1 sin        x1, x2: the first and second half of a head's channels
 
 The gradient of a rotation is the inverse rotation: backward is the same kernel with the angle negated, and saves only the
-tables. Training does without it: attention's backward rotates back as it stores (kernels.attention).
+tables. Training does not use it: attention's backward rotates back as it stores (kernels.attention).
 
 It reads and writes q and k once, 4 bytes an element in bf16: 0.40 GB at 65,536 tokens of 12 + 12 heads of 64. Rotating inside
 attention's loads would save a write and a read, but each key block would be rotated again by every query block that loads it

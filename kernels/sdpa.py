@@ -1,4 +1,4 @@
-"""The model's ops on PyTorch's own fused kernels, for every device that the Triton kernels do not fit, CPUs included.
+"""The model's ops on PyTorch's own fused kernels, for every device that the Triton kernels do not support, CPUs included.
 
 Attention is F.scaled_dot_product_attention, which holds no (Tq, Tk) matrix; the norms are F.rms_norm. The other ops are
 the definitions of kernels.eager, which torch.compile fuses.
@@ -37,7 +37,7 @@ def causal_attention(q, k, v, dropout_p=0.0, seed=None):
         return _attention_in_blocks(q, k, v, dropout_p, seed)
     Tq, Tk = q.shape[1], k.shape[1]
     group = q.shape[2] // k.shape[2]
-    if group > 1:  # the memory-efficient kernel, the only fast one on GPUs older than 8.0, knows no grouped queries
+    if group > 1:  # the memory-efficient kernel, the only fast one on GPUs older than 8.0, does not support grouped queries
         k = k.repeat_interleave(group, dim=2)
         v = v.repeat_interleave(group, dim=2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, Dh)

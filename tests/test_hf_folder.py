@@ -483,25 +483,28 @@ YARN = {"rope_type": "yarn", "factor": 8.0}
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"sliding_window": 4096}, "sliding_window=4096: expected null"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0"),
-        ({"rope_scaling": YARN}, '{"rope_type": "yarn", "factor": 8.0}: expected default, linear, llama3 as rope_type'),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, '"dynamic", "factor": 2.0}: expected default, linear, llama3'),
-        ({"rope_scaling": {"type": "linear"}}, "with its parameters"),
-        ({"rope_parameters": LLAMA3}, "with its parameters"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, '{"partial_rotary_factor": 0.5}: expected default'),
-        ({"rope_parameters": {"full_attention": LLAMA3}}, "expected default, linear, llama3"),
-        ({"rope_parameters": 3}, "rotary positions 3: expected default"),
-        ({"rope_parameters": {"rope_type": ["llama3"]}}, "expected default, linear, llama3"),
+        ({"rope_scaling": YARN}, '{"rope_type": "yarn", "factor": 8.0}: rope_type must be default, linear or llama3'),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, '"dynamic", "factor": 2.0}: rope_type must be default'),
+        ({"rope_scaling": {"type": "linear"}}, "with all its parameters"),
+        ({"rope_parameters": LLAMA3}, "with all its parameters"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, '{"partial_rotary_factor": 0.5}: rope_type must be default'),
+        ({"rope_parameters": {"full_attention": LLAMA3}}, "rope_type must be default, linear or llama3"),
+        ({"rope_parameters": 3}, "unsupported RoPE scaling 3: rope_type must be default"),
+        ({"rope_parameters": {"rope_type": ["llama3"]}}, "rope_type must be default, linear or llama3"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_factor=0.0: must be above 0"),
-        ({"head_dim": 16}, "q_proj.weight has shape (32, 32), but config.json makes it (64, 32)"),
-        ({"attention_bias": True}, "has no tensor model.layers.0.self_attn.q_proj.bias"),
-        ({"vocab_size": 128256}, "embed_tokens.weight has shape (257, 32), but config.json makes it (128256, 32)"),
+        ({"head_dim": 16}, "q_proj.weight has shape (32, 32), expected (64, 32)"),
+        ({"attention_bias": True}, "tensor model.layers.0.self_attn.q_proj.bias is missing"),
+        ({"vocab_size": 128256}, "embed_tokens.weight has shape (257, 32), expected (128256, 32)"),
         ({"bos_token_id": 257}, "bos_token_id=257, eos_token_id=null: expected ids below vocab_size=257"),
         ({"copyllama_tokenizer": {"kind": [1]}}, "names no tokenizer"),
-        ({"hidden_size": None}, "it has no hidden_size"),
+        ({"hidden_size": None}, "missing hidden_size"),
         ({"hidden_size": "32"}, "expected int, got str"),
-        ({"num_hidden_layers": 3}, "has no tensor model.layers.2."),
-        ({"num_hidden_layers": 1}, "tensor model.layers.1.input_layernorm.weight has no place"),
-        ({"intermediate_size": 50}, "gate_proj.weight has shape (48, 32), but config.json makes it (50, 32)"),
+        ({"num_hidden_layers": 3}, "tensor model.layers.2."),
+        (
+            {"num_hidden_layers": 1},
+            "unexpected tensor model.layers.1.input_layernorm.weight: config.json describes no such parameter",
+        ),
+        ({"intermediate_size": 50}, "gate_proj.weight has shape (48, 32), expected (50, 32)"),
     ],
 )
 def test_a_llama_that_is_not_computed_is_refused_in_one_line(folder, change, said):
@@ -517,9 +520,9 @@ def test_damaged_missing_and_foreign_files_are_refused_in_one_line(folder):
         assert "model.safetensors: damaged, or not safetensors" in line(folder)
     tensors = safetensors.load(whole)
     safetensors.save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, weights)
-    assert "has no tensor lm_head.weight" in line(folder)
+    assert "tensor lm_head.weight is missing" in line(folder)
     safetensors.save_file(tensors | {"model.norm.bias": torch.ones(2)}, weights)
-    assert "tensor model.norm.bias has no place" in line(folder)
+    assert "unexpected tensor model.norm.bias" in line(folder)
     safetensors.save_file(tensors | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, weights)
     assert "model.norm.weight is stored as I8" in line(folder)
     weights.unlink()
