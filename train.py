@@ -36,7 +36,7 @@ from data.meta import load_meta
 from data.tokenizer import load_tokenizer
 from hf import folder as huggingface
 from model import Llama
-from runtime import checkpoint, distributed, loggers, metrics, resume, rundir
+from runtime import checkpoint, checks, distributed, loggers, metrics, resume, rundir
 from runtime.compiling import compile_blocks, graphed
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
 from runtime.validation import bits_per_byte, validate, without_repeated
@@ -96,11 +96,11 @@ class Run:
         self.copy_tests = {}
         if config.copy_eval_interval:  # fewer samples than eval_copy.py takes, the same at every step
             self.copy_tests = eval_copy.make_tests(self.tokenizer, config.seq_len, samples=50)
-        check_data(config, self.train_bin, self.tokenizer)
+        checks.check_data(config, self.train_bin, self.tokenizer)
 
         # Model
         path, state = resume.newest(config, self.fingerprint, world)
-        distributed.check_memory(config, world.device)
+        checks.check_memory(config, world.device)
         torch.manual_seed(config.seed)
         dtype = distributed.pick_training_dtype(config, world, state)
         ops = kernels.choose(config.kernels, world.device, config.head_dim, distributed.DTYPES[dtype], world.say)
@@ -284,15 +284,6 @@ def dropout_seeds(config: Config, start: int, count: int, device):
     batch = start // config.batch_size
     seeds = np.random.default_rng([config.seed, batch, 1]).integers(2**62, size=config.batch_size)
     return torch.from_numpy(seeds[start % config.batch_size :][:count]).to(device)
-
-
-def check_data(config: Config, train_bin: bins.Bin, tokenizer):
-    """Raises UserError if the vocabulary or the batch does not suit the data."""
-    if tokenizer.size > config.vocab_size:
-        needs = tokenizer.size
-        raise UserError(f"vocab_size={config.vocab_size}: {train_bin.path.parent} has {needs} ids; pass --vocab_size={needs}")
-    if config.batch_size > train_bin.n_windows:
-        raise UserError(f"batch_size={config.batch_size}: {train_bin.path} has only {train_bin.n_windows:,} sequences")
 
 
 if __name__ == "__main__":

@@ -234,21 +234,6 @@ def bf16_is_faster(config: Config) -> bool:
     return passes(torch.bfloat16) > 1.1 * passes(torch.float32)
 
 
-def check_memory(config: Config, device: torch.device):
-    """Raises UserError if the weights, gradients and moments of a model, 16 bytes per parameter, exceed the device's memory."""
-    if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):  # a CPU, or Metal, which shares its memory
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if 16 * config.n_parameters > available:
-        raise UserError(
-            f"dim={config.dim}, n_layers={config.n_layers}: out of memory: {config.n_parameters:,} parameters take "
-            f"{16 * config.n_parameters / 1e9:,.0f} GB, and there are {available / 1e9:,.0f} GB; choose a smaller model"
-        )
-
-
 def on_device(windows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the inputs and targets (B, T) of windows (B, T+1), on the device."""
     tokens = torch.from_numpy(windows)
