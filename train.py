@@ -39,6 +39,7 @@ from model import Llama
 from runtime import checkpoint, checks, distributed, loggers, metrics, resume, rundir
 from runtime.compiling import compile_blocks, graphed
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
+from runtime.schedule import due_after
 from runtime.validation import bits_per_byte, validate, without_repeated
 
 
@@ -65,7 +66,7 @@ def train(config: Config, world: distributed.World) -> int:
     with contextlib.ExitStack() as stack:
         world.on_rank_0(lambda: stack.enter_context(rundir.locked(Path(config.out_dir))))
         run = Run(config, world)
-        if run.step >= config.max_steps:
+        if run.is_done():
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0
         run.rows = world.on_rank_0(lambda: stack.enter_context(rundir.begin(run.out, run.config, run.step, run.kernels)))
@@ -113,18 +114,26 @@ class Run:
         self.loss_scale = LossScale(self.model.dtype, world.device)
         self.stats = metrics.Stats(world, self.out, state)
         self.step = state.get("step", 0)
-        self.row = {}  # what was measured after `step` updates and is not yet in metrics.jsonl
+        self.resumed = path
+        self.row = {}  # what was measured after `step` updates; metrics.jsonl gets it once it is complete
         if state:
             checkpoint.restore(path, state, self.model, self.optimizer, self.loss_scale)
-            self.row = resume.changes(path, state, config, self.kernels, world)
+            if rundir.holds(self.out, path):
+                self.row = world.on_rank_0(lambda: metrics.row_of(self.out / "metrics.jsonl", self.step)) or {}
+            self.row |= resume.changes(path, state, config, self.kernels, world)
         elif config.init_from:
             source = huggingface.load(config.init_from)
             resume.start_from(config.init_from, source, config, self.model, self.tokenizer, world)
 
+    def is_done(self) -> bool:
+        """Returns whether all updates and the last evaluation have been made."""
+        due = due_after(self.step, self.config) if rundir.holds(self.out, self.resumed) else set()
+        last = self.config.max_steps
+        return self.step > last or self.step == last and not self.needs_evaluation(due)
+
     def loop(self) -> int:
         """Trains until max_steps; returns the exit status."""
         config, world, first = self.config, self.world, self.step
-        self.row = (self.rows.last if self.rows else {}) | self.row
         world.say(metrics.announcement(config, world, *distributed.split_batch(config, world), self.train_bin))
         compile_blocks(self.model, config, world)
         model = distributed.data_parallel(self.model.train(), world)
@@ -138,7 +147,8 @@ class Run:
                     world.say(metrics.log_line(self.step, config.max_steps, self.row))
                 with timer.paused():
                     if due or self.step == first:
-                        self.evaluate(due)
+                        if self.needs_evaluation(due):
+                            self.evaluate(due)
                         self.write_row()
                     if "milestone" in due and self.step > first:
                         self.save(f"milestone_{self.step}.pt", weights_only=True)
@@ -166,10 +176,12 @@ class Run:
             raise
         return row | {"lr": learning_rate(self.step, self.config)}
 
+    def needs_evaluation(self, due: set[str]) -> bool:
+        """Returns whether validation or the copy test is due and was not made before the run was interrupted."""
+        return bool(due & {"validate", "copy"}) and self.world.any(self.world.rank == 0 and not metrics.is_evaluated(self.row))
+
     def evaluate(self, due: set[str]):
-        """Adds validation and the copy test to the row, unless a resumed run made them before it was interrupted."""
-        if not due & {"validate", "copy"} or not self.world.any(self.world.rank == 0 and not metrics.is_evaluated(self.row)):
-            return
+        """Adds validation and the copy test to the row."""
         row = {}
         if "validate" in due:
             _, micro = distributed.split_batch(self.config, self.world)
@@ -213,21 +225,6 @@ class Run:
         self.save("ckpt.pt")
         self.world.say(f"stopped; saved {self.out / 'ckpt.pt'} at step {self.step}: the same command resumes there")
         return 3
-
-
-def due_after(step: int, c: Config) -> set[str]:
-    """Returns what is due after `step` updates: validate, copy, milestone, save, log."""
-    intervals = {"validate": c.eval_interval, "copy": c.copy_eval_interval, "save": c.ckpt_interval, "log": c.log_interval}
-    due = {name for name, interval in intervals.items() if interval and step % interval == 0}
-    if step == 0:
-        return due & {"validate"}
-    if step == c.max_steps:
-        due.add("save")
-    if c.ckpt_milestones and checkpoint.is_milestone(step, c.milestone_interval):
-        due.add("milestone")
-    if step == 1 or due & {"validate", "copy", "save"}:
-        due.add("log")
-    return due
 
 
 def forward_backward(model, x, y, seed, weight) -> torch.Tensor:

@@ -45,16 +45,14 @@ class Metrics:
     """The rows of metrics.jsonl: one per step at which something was measured."""
 
     def __init__(self, path: Path, step: int, log=lambda row: None):
-        """Continues after `step`. Later rows, of updates that are made again, are removed; the row of `step` itself too, which
-        `last` holds ({} if there is none) for the caller to complete and write again. `before` has all rows that were there, by
-        step. What is written goes to log(row) too.
+        """Continues after `step`. Removes the later rows, of updates that are made again, and the row of `step` itself, which
+        the caller completes and writes again. `before` has all rows that were there, by step. What is written goes to log(row)
+        too.
         """
         self.path = path
         self.log = log
         self.before = {row["step"]: row for row in read(path)} if path.exists() else {}
-        rows = [row for row in self.before.values() if row["step"] <= step] if step else []
-        self.last = rows.pop() if rows and rows[-1]["step"] == step else {}
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in self.before.values() if row["step"] < step))
 
     def write(self, row: dict):
         with open(self.path, "a") as file:
@@ -73,6 +71,11 @@ def read(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}:{number}: not a row of measurements; remove this line") from None
     return rows
+
+
+def row_of(path: Path, step: int) -> dict:
+    """Returns the row of a step in a metrics.jsonl, or {} if there is none."""
+    return next((row for row in read(path) if row["step"] == step), {}) if path.exists() else {}
 
 
 def has_updates(path: Path) -> bool:

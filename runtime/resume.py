@@ -18,7 +18,10 @@ def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
     """
     if config.resume == "none":
         return None, {}
-    paths = checkpoint.newest_first(Path(config.out_dir)) if config.resume == "auto" else [Path(config.resume)]
+    given = Path(config.resume)
+    paths = [given / "ckpt.pt" if given.is_dir() else given]
+    if config.resume == "auto":
+        paths = checkpoint.newest_first(Path(config.out_dir))
     if not paths:
         return None, {}
     for i, path in enumerate(paths):

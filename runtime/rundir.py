@@ -52,6 +52,11 @@ def locked(path: Path):
             path.rmdir()
 
 
+def holds(path: Path, checkpoint: Path | None) -> bool:
+    """Returns whether a checkpoint lies in the run directory itself."""
+    return checkpoint is not None and os.path.samefile(path, checkpoint.parent)
+
+
 def is_running(path: Path) -> bool:
     """Returns whether a run holds the run directory."""
     lock = path / "run.lock"

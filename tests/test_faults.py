@@ -130,8 +130,9 @@ def test_stopped_by_signals_and_resumed_it_ends_as_if_it_never_was(long, uninter
     assert process.exitcode == 0 and stops > 0 and equals(long, expected)
 
 
-def test_a_signal_cuts_the_copy_test_short_and_resume_makes_up_for_it(settings, uninterrupted):
-    settings = settings | {"copy_eval_interval": 3, "seq_len": 63}
+@pytest.mark.parametrize("max_steps", [6, 3], ids=["on the way", "at the last step"])
+def test_a_signal_cuts_the_copy_test_short_and_resume_makes_up_for_it(settings, uninterrupted, max_steps):
+    settings = settings | {"copy_eval_interval": 3, "seq_len": 63, "max_steps": max_steps}
     expected = uninterrupted(settings)
     process = faults.start(settings, faults.slow_copy_test)
     rows = Path(settings["out_dir"]) / "metrics.jsonl"

@@ -33,13 +33,14 @@ def test_rows_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = metrics.Metrics(path, 0)
     for step in (10, 20, 30):
-        rows.write({"step": step, "loss": 1 / step})
+        rows.write({"step": step, "tokens": 0, "loss": 1 / step})
     with open(path, "a") as file:
         file.write('{"step": 40, "lo')
+    last = metrics.row_of(path, 20)
+    assert last == {"step": 20, "tokens": 0, "loss": 0.05} and metrics.row_of(path, 25) == {}
     rows = metrics.Metrics(path, 20)
-    assert rows.last == {"step": 20, "loss": 0.05}
-    rows.write(rows.last | {"val_loss": 1.0})
-    rows.write({"step": 30, "loss": 0.5})
+    rows.write(last | {"val_loss": 1.0})
+    rows.write({"step": 30, "tokens": 0, "loss": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 30]
     assert metrics.read(path)[-1]["loss"] == 0.5
     metrics.Metrics(path, 0)
