@@ -150,11 +150,8 @@ class Run:
                         if self.needs_evaluation(due):
                             self.evaluate(due)
                         self.write_row()
-                    if "milestone" in due and self.step > first:
-                        self.save(f"milestone_{self.step}.pt", weights_only=True)
-                    if "save" in due and self.step > first:
-                        self.save("ckpt.pt")
-                        world.on_rank_0(lambda: checkpoint.keep(self.out, self.step, config.ckpt_keep))
+                    if self.step > first:
+                        self.save_due(due)
                 if self.step == first + 1:
                     timer.start(self.step)  # only now: the first update compiles
                 if self.step == config.max_steps:
@@ -172,7 +169,7 @@ class Run:
         try:
             row = self.stats.read(self.step)
         except RunFailed:
-            self.save("ckpt.pt")
+            self.save_due(due_after(self.step, self.config), stopping=True)
             raise
         return row | {"lr": learning_rate(self.step, self.config)}
 
@@ -200,6 +197,15 @@ class Run:
         self.world.on_rank_0(lambda: self.rows.write(row) if self.row else None)
         self.row = {}
 
+    def save_due(self, due: set[str], stopping=False):
+        """Saves the milestone and the checkpoint that are due; a run that stops saves its checkpoint in any case."""
+        if "milestone" in due:
+            self.save(f"milestone_{self.step}.pt", weights_only=True)
+        if "save" in due or stopping:
+            self.save("ckpt.pt")
+        if "save" in due:
+            self.world.on_rank_0(lambda: checkpoint.keep(self.out, self.step, self.config.ckpt_keep))
+
     def save(self, name: str, weights_only=False):
         """Saves a checkpoint from rank 0; the other ranks wait until it is written."""
 
@@ -222,7 +228,7 @@ class Run:
         if self.step == 0:
             self.world.say("stopped before the first update: there is nothing to save, and the same command starts again")
             return 3
-        self.save("ckpt.pt")
+        self.save_due(due_after(self.step, self.config), stopping=True)
         self.world.say(f"stopped; saved {self.out / 'ckpt.pt'} at step {self.step}: the same command resumes there")
         return 3
 

@@ -132,7 +132,8 @@ def test_stopped_by_signals_and_resumed_it_ends_as_if_it_never_was(long, uninter
 
 @pytest.mark.parametrize("max_steps", [6, 3], ids=["on the way", "at the last step"])
 def test_a_signal_cuts_the_copy_test_short_and_resume_makes_up_for_it(settings, uninterrupted, max_steps):
-    settings = settings | {"copy_eval_interval": 3, "seq_len": 63, "max_steps": max_steps}
+    settings = settings | {"copy_eval_interval": 3, "seq_len": 63, "max_steps": max_steps, "ckpt_keep": 9}
+    settings |= {"ckpt_milestones": True, "milestone_interval": 3}
     expected = uninterrupted(settings)
     process = faults.start(settings, faults.slow_copy_test)
     rows = Path(settings["out_dir"]) / "metrics.jsonl"
@@ -145,6 +146,8 @@ def test_a_signal_cuts_the_copy_test_short_and_resume_makes_up_for_it(settings, 
         assert process.exitcode == 3 and time.monotonic() - started < 10
         assert checkpoint.load(settings["out_dir"])["step"] == 3 and not metrics.is_evaluated(metrics.read(rows)[3])
         assert faults.run(settings) == 0 and equals(settings, expected)
+        assert checkpoint.load(rows.with_name("ckpt_3.pt"))["step"] == 3
+        assert checkpoint.load(rows.with_name("milestone_3.pt"))["step"] == 3
 
 
 def strike(processes, settings, said: str, number=signal.SIGTERM) -> list[int]:
