@@ -69,7 +69,8 @@ def train(config: Config, world: distributed.World) -> int:
         if run.is_done():
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0
-        run.rows = world.on_rank_0(lambda: stack.enter_context(rundir.begin(run.out, run.config, run.step, run.kernels)))
+        begin = rundir.begin(run.out, run.config, run.resumed, run.step, run.kernels)
+        run.rows = world.on_rank_0(lambda: stack.enter_context(begin))
         return run.loop()
 
 

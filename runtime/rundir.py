@@ -89,13 +89,15 @@ def was_stopped(path) -> bool:
 
 
 @contextlib.contextmanager
-def begin(path: Path, config: Config, step: int, op_set: str) -> metrics.Metrics:
+def begin(path: Path, config: Config, resumed: Path | None, step: int, op_set: str) -> metrics.Metrics:
     """Writes config.json, the settings and the op set in use; opens metrics.jsonl, with its rows up to `step`, and the logger
     that config.log_to names.
 
-    What another run left here is moved aside first: everything for a new run, at step 0, and the checkpoints after `step` for
-    one that resumes.
+    resumed: the checkpoint that the run resumes at `step`. What another run left here is moved into previous-<n> first, if the
+    run is new or its checkpoint lies elsewhere.
     """
+    if not holds(path, resumed):
+        step = 0
     if step == 0:
         old = [file for pattern in OF_A_RUN for file in sorted(path.glob(pattern))]
         old = old if any(file.suffix == ".pt" for file in old) or metrics.has_updates(path / "metrics.jsonl") else []

@@ -299,6 +299,19 @@ def test_a_new_run_never_mixes_with_an_older_one(settings, capsys):
     assert [path.name for path in (out / "previous-2").iterdir()] == ["ckpt_4.pt"]
 
 
+def test_a_run_that_resumes_from_another_folder_moves_aside_what_lies_in_its_own(settings, tmp_path, uninterrupted):
+    source = settings | {"out_dir": str(tmp_path / "source"), "max_steps": 3}
+    assert faults.run(source) == faults.run(settings | {"seed": 1, "max_steps": 4}) == 0
+    out = Path(settings["out_dir"])
+    before = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("run.")}
+    with fault("run resumed into an older one's folder"):
+        assert faults.run(settings | {"resume": source["out_dir"]}) == 0  # a run directory stands for its ckpt.pt
+        assert {path.name: path.read_bytes() for path in (out / "previous-1").iterdir()} == before
+    (state, rows), (whole, whole_rows) = result(settings), uninterrupted(settings)
+    assert same(state["model"], whole["model"]) and rows[1:] == whole_rows[4:]
+    assert rows[0]["step"] == 3 and rows[0]["val_loss"] == whole_rows[3]["val_loss"]
+
+
 def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_past_them(settings, tmp_path):
     data = write_dataset(tmp_path / "set")
     settings = settings | dict(data=str(data), vocab_size=18, max_steps=16, eval_interval=0, log_interval=4)
