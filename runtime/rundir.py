@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -93,8 +94,9 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, op_set: s
     """Writes config.json, the settings and the op set in use; opens metrics.jsonl, with its rows up to `step`, and the logger
     that config.log_to names.
 
-    resumed: the checkpoint that the run resumes at `step`. What another run left here is moved into previous-<n> first, if the
-    run is new or its checkpoint lies elsewhere.
+    resumed: the checkpoint that the run resumes at `step`. What lies here and is not part of the run's history is moved into
+    previous-<n> first: everything if the run is new or its checkpoint lies elsewhere; later checkpoints, with a copy of the
+    settings and rows, if it goes back to an older one.
     """
     if not holds(path, resumed):
         step = 0
@@ -104,12 +106,18 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, op_set: s
     else:
         later = [checkpoint.by_step(path, kind).items() for kind in ("ckpt", "milestone")]
         old = [file for files in later for number, file in files if number > step]
+        newest = path / "ckpt.pt"
+        if newest.exists() and not newest.samefile(resumed):
+            old.append(newest)
     if old:
         folder = next(f for n in itertools.count(1) if not (f := path / f"previous-{n}").exists())
         folder.mkdir()
+        for name in ("config.json", "metrics.jsonl"):
+            if step and (path / name).exists():
+                shutil.copyfile(path / name, folder / name)
         for file in old:
             file.rename(folder / file.name)
-        print(f"moved what an earlier run left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
+        print(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | {"op_set": op_set}, indent=2) + "\n")
     with loggers.opened(path, config, step, rows.before) as rows.log:

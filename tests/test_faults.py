@@ -294,9 +294,25 @@ def test_a_new_run_never_mixes_with_an_older_one(settings, capsys):
         assert moved == before and str(out / "previous-1") in faults.log_of(settings).read_text()
         assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt.pt", "ckpt_2.pt", "ckpt_4.pt"]
         assert [row["step"] for row in metrics.read(out / "metrics.jsonl")] == list(range(5))
-    older = {"resume": str(out / "ckpt_2.pt"), "max_steps": 4, "ckpt_interval": 1, "ckpt_keep": 1, "seed": 1}
-    assert faults.run(settings | older) == 0  # and going back in the run's own history leaves none of its later checkpoints
-    assert [path.name for path in (out / "previous-2").iterdir()] == ["ckpt_4.pt"]
+
+
+def test_going_back_to_an_older_checkpoint_keeps_what_came_after_it(settings):
+    assert faults.run(settings | {"ckpt_interval": 2}) == 0
+    out = Path(settings["out_dir"])
+    names = ("ckpt.pt", "ckpt_6.pt", "config.json", "metrics.jsonl")
+    before = {name: (out / name).read_bytes() for name in names}
+    with fault("older checkpoint resumed"):
+        back = settings | {"resume": str(out / "ckpt_4.pt"), "ckpt_interval": 2, "max_steps": 5}
+        assert faults.run(back) == 0
+        assert {path.name: path.read_bytes() for path in (out / "previous-1").iterdir()} == before
+        assert sorted(path.name for path in out.glob("*.pt")) == ["ckpt.pt", "ckpt_4.pt", "ckpt_5.pt"]
+        assert [row["step"] for row in metrics.read(out / "metrics.jsonl")] == list(range(6))
+        # the newest checkpoint by its other name, and an ordinary resume with rows after its checkpoint: nothing is moved
+        (out / "metrics.jsonl").open("a").write('{"step": 6, "tokens": 0}\n')
+        assert faults.run(back | {"resume": str(out / "ckpt_5.pt"), "max_steps": 6}) == 0
+        (out / "metrics.jsonl").open("a").write('{"step": 7, "tokens": 0}\n')
+        assert faults.run(settings | {"max_steps": 7}) == 0
+        assert [path.name for path in out.glob("previous-*")] == ["previous-1"]
 
 
 def test_a_run_that_resumes_from_another_folder_moves_aside_what_lies_in_its_own(settings, tmp_path, uninterrupted):
