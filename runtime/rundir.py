@@ -43,6 +43,9 @@ def locked(path: Path):
     except (OSError, NotImplementedError) as e:  # a file system that cannot lock
         print(f"warning: {path}: cannot be locked ({e}); let no other run write to it", flush=True)
     owner.write_text(f"{os.getpid()}\n")
+    for name in ("*.pt", "config.json", "metrics.jsonl"):
+        for unfinished in path.glob(f"{name}.*.tmp"):  # by a run that was killed while it wrote
+            unfinished.unlink()
     try:
         yield
     finally:
@@ -53,9 +56,9 @@ def locked(path: Path):
             path.rmdir()
 
 
-def holds(path: Path, checkpoint: Path | None) -> bool:
+def holds(path: Path, resumed: Path | None) -> bool:
     """Returns whether a checkpoint lies in the run directory itself."""
-    return checkpoint is not None and os.path.samefile(path, checkpoint.parent)
+    return resumed is not None and path.samefile(resumed.parent)
 
 
 def is_running(path: Path) -> bool:

@@ -108,6 +108,7 @@ def test_killed_while_it_writes_it_ends_as_if_it_never_was(long, uninterrupted, 
     with fault("SIGKILL within a checkpoint's write"):
         assert faults.run(short, functools.partial(faults.kill_at, call, count)) == -signal.SIGKILL
         assert faults.run(short) == 0 and equals(short, expected)
+        assert not list(Path(short["out_dir"]).glob("*.tmp"))
 
 
 @pytest.mark.parametrize("number, passes", [(signal.SIGTERM, 8), (signal.SIGINT, 1)])
