@@ -25,7 +25,11 @@ OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measu
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Makes the run directory and holds it until the block ends. Raises UserError if it cannot, or if another run holds it."""
+    """Makes the run directory and holds it until the block ends; leaves it as it was if nothing came of the run.
+
+    Raises UserError if the directory cannot be made or written to, or if another run holds it.
+    """
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -50,10 +54,12 @@ def locked(path: Path):
         yield
     finally:
         lock.release()
-        if {p.name for p in path.iterdir()} <= {"run.lock", "run.pid"}:  # nothing came of this run
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+        with contextlib.suppress(OSError):  # which would hide what ended the run
+            if {file.name for file in path.iterdir()} <= {"run.lock", "run.pid"}:
+                for file in path.iterdir():
+                    file.unlink()
+                if is_new:
+                    path.rmdir()
 
 
 def holds(path: Path, resumed: Path | None) -> bool:

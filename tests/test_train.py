@@ -306,6 +306,15 @@ def test_each_mistake_ends_with_status_2_and_one_line_and_writes_nothing(setting
     assert not Path(settings["out_dir"]).exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_refused_run_leaves_an_empty_folder_that_was_there(settings, tmp_path, capsys, kind):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    assert status(flags(settings, out_dir=tmp_path / kind, vocab_size=16)) == 2
+    assert "pass --vocab_size=17" in capsys.readouterr().err
+    assert (tmp_path / kind).is_dir() and not list((tmp_path / "folder").iterdir())
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [(b"", ["0 bytes"]), (b"abc", ["3 bytes"]), (b"\xff\xff" * 400, ["65535", "--vocab_size=65536"])],
