@@ -44,7 +44,7 @@ from runtime.validation import bits_per_byte, validate, without_repeated
 
 
 def main(config: Config) -> int:
-    if rundir.was_stopped(config.out_dir):
+    if rundir.was_stopped(Path(config.out_dir)):
         return 3
     world = distributed.start(config)
     try:
@@ -222,7 +222,7 @@ class Run:
 
     def save_and_exit(self) -> int:
         """Ends a run that was asked to stop; returns the exit status."""
-        self.world.on_rank_0(lambda: rundir.record_stop(self.out))
+        self.world.on_rank_0(lambda: rundir.record(self.out, "stopped"))
         if self.stats.unread:
             self.read_stats()
         self.write_row()
@@ -230,7 +230,8 @@ class Run:
             self.world.say("stopped before the first update: there is nothing to save, and the same command starts again")
             return 3
         self.save_due(due_after(self.step, self.config), stopping=True)
-        self.world.say(f"stopped; saved {self.out / 'ckpt.pt'} at step {self.step}: the same command resumes there")
+        same = "the same command" if self.config.resume == "auto" else "the same command without --resume"
+        self.world.say(f"stopped; saved {self.out / 'ckpt.pt'} at step {self.step}: {same} resumes there")
         return 3
 
 

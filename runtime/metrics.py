@@ -126,7 +126,7 @@ class Stats:
         if most_in_a_row >= MAX_SKIPPED:
             raise RunFailed(
                 f"step {step}: {most_in_a_row} updates in a row had no finite loss or gradient; saved after them: the same "
-                "command goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
+                "command (without --resume) goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
             )
         row = {name: x for name, x in {"loss": loss, "grad_norm": norm}.items() if math.isfinite(x)}
         if self.overflows or scale > 1:

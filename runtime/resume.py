@@ -7,21 +7,20 @@ from pathlib import Path
 import config as settings
 from config import Config
 from errors import UserError, about
-from runtime import checkpoint
+from runtime import checkpoint, rundir
 
 AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
 
 
 def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
-    """Returns the path and state of the checkpoint that this run resumes; None and {} for a new run. Raises UserError if the
-    checkpoint belongs to another run.
+    """Returns the path and state of the checkpoint that this run resumes; None and {} for a new run.
+
+    A run that torchrun restarts resumes its own newest checkpoint. Raises UserError if the checkpoint is of another run.
     """
-    if config.resume == "none":
-        return None, {}
-    given = Path(config.resume)
-    paths = [given / "ckpt.pt" if given.is_dir() else given]
-    if config.resume == "auto":
-        paths = checkpoint.newest_first(Path(config.out_dir))
+    out, given = Path(config.out_dir), Path(config.resume)
+    paths = checkpoint.newest_first(out)
+    if config.resume != "auto" and not (paths and rundir.is_restarted(out, "begun")):
+        paths = [] if config.resume == "none" else [given / "ckpt.pt" if given.is_dir() else given]
     if not paths:
         return None, {}
     for i, path in enumerate(paths):

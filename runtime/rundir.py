@@ -1,7 +1,7 @@
 """The run directory: one run at a time writes to it, and a new run does not mix with an old one.
 
 run.lock   held while a run writes here
-run.pid    the process that holds or held it, and whether a signal stopped it
+run.pid    the process that holds or held it; how far it came: starting, begun or stopped; and torchrun's id of the launch
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def locked(path: Path):
         ) from None
     except (OSError, NotImplementedError) as e:  # a file system that cannot lock
         print(f"warning: {path}: cannot be locked ({e}); let no other run write to it", flush=True)
-    owner.write_text(f"{os.getpid()}\n")
+    record(path, "begun" if is_restarted(path, "begun") else "starting")
     for name in ("*.pt", "config.json", "metrics.jsonl"):
         for unfinished in path.glob(f"{name}.*.tmp"):  # by a run that was killed while it wrote
             unfinished.unlink()
@@ -79,17 +79,22 @@ def is_running(path: Path) -> bool:
         return True
 
 
-def record_stop(path: Path):
-    """Records that a signal stopped the run, for was_stopped."""
-    (path / "run.pid").write_text(f"{os.getpid()}\nstopped {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
+def record(path: Path, state: str):
+    """Records in run.pid how far this process came, for is_restarted."""
+    (path / "run.pid").write_text(f"{os.getpid()}\n{state} {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
 
 
-def was_stopped(path) -> bool:
-    """Returns whether torchrun is restarting a run that a signal has stopped: it takes exit status 3 for a failure."""
-    owner = Path(path) / "run.pid"
+def is_restarted(path: Path, state: str) -> bool:
+    """Returns whether torchrun is restarting a run of this directory that ended in `state`."""
+    owner = path / "run.pid"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not owner.exists():
         return False
-    if not owner.read_text().endswith(f"\nstopped {os.environ['TORCHELASTIC_RUN_ID']}\n"):
+    return owner.read_text().endswith(f"\n{state} {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
+
+
+def was_stopped(path: Path) -> bool:
+    """Returns whether torchrun is restarting a run that a signal has stopped: it takes exit status 3 for a failure."""
+    if not is_restarted(path, "stopped"):
         return False
     if os.environ.get("RANK") == "0":
         print(f"{path}: a signal stopped this run; it is not restarted", flush=True)
@@ -127,6 +132,7 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, op_set: s
         for file in old:
             file.rename(folder / file.name)
         print(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
+    record(path, "begun")
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | {"op_set": op_set}, indent=2) + "\n")
     with loggers.opened(path, config, step, rows.before) as rows.log:

@@ -21,7 +21,8 @@ from config import ROOT, from_dict
 from data import bins
 from data.meta import TOKEN
 from errors import UserError
-from runtime import checkpoint, distributed, metrics
+from runtime import checkpoint, distributed, metrics, rundir
+from runtime.resume import newest
 from tests import faults
 from tests.conftest import write_dataset
 from tests.faults import fault
@@ -329,6 +330,36 @@ def test_a_run_that_resumes_from_another_folder_moves_aside_what_lies_in_its_own
     assert rows[0]["step"] == 3 and rows[0]["val_loss"] == whole_rows[3]["val_loss"]
 
 
+def test_a_restart_resumes_its_own_checkpoint_and_before_there_is_one_what_was_asked_for(settings, tmp_path, monkeypatch):
+    source, out = tmp_path / "source", Path(settings["out_dir"])
+    for folder in (source, out):
+        assert faults.run(settings | {"out_dir": str(folder), "max_steps": 3}) == 0
+    world, fingerprint = distributed.World(0, 1, torch.device("cpu")), bins.fingerprint(settings["data"])
+
+    def resumed(resume):
+        return newest(from_dict(settings | {"resume": str(resume)}), fingerprint, world)[0]
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
+    asked = {"auto": out / "ckpt.pt", "none": None, source: source / "ckpt.pt"}
+    for count, state in (("0", "begun"), ("1", "starting"), ("1", "begun")):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        rundir.record(out, state)
+        for resume, path in asked.items():
+            assert resumed(resume) == (out / "ckpt.pt" if (count, state) == ("1", "begun") else path)
+    for path in out.glob("*.pt"):
+        path.unlink()
+    assert resumed("none") is None and resumed(source) == source / "ckpt.pt"
+
+
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_stopped_run_says_which_command_resumes_it(long, resume):
+    long = long | {"max_steps": 10**6, "resume": resume}
+    process = faults.start(long)
+    assert strike([process], long, "step  ") == [3]
+    command = "the same command resumes there" if resume == "auto" else "the same command without --resume resumes there"
+    assert faults.log_of(long).read_text().endswith(f": {command}\n")
+
+
 def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_past_them(settings, tmp_path):
     data = write_dataset(tmp_path / "set")
     settings = settings | dict(data=str(data), vocab_size=18, max_steps=16, eval_interval=0, log_interval=4)
@@ -497,8 +528,9 @@ def children(pid) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
-def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_never_was(long, tmp_path):
-    long = long | {"max_steps": 150}
+@pytest.mark.parametrize("resume", ["auto", "none"])
+def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_never_was(long, tmp_path, resume):
+    long = long | {"max_steps": 150, "resume": resume}
     two = ("--nproc_per_node=2", "--standalone", "--max-restarts=1")
     whole = long | {"out_dir": str(tmp_path / "whole")}
     assert launch(whole, *two).communicate(timeout=120) and (tmp_path / "whole/ckpt.pt").exists()
@@ -507,7 +539,7 @@ def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_ne
     with fault("rank killed under torchrun"):
         os.kill(children(launcher.pid)[1], signal.SIGKILL)
         output = launcher.communicate(timeout=120)[0]
-        assert launcher.returncode == 0 and "resuming" in output, output[-3000:]
+        assert launcher.returncode == 0 and "resuming" in output and "moved" not in output, output[-3000:]
         assert equals(long, result(whole))
 
 
