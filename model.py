@@ -178,13 +178,13 @@ class Llama(nn.Module):
     def generate(self, tokens, n, temperature=0.0, top_k=0):
         """Yields up to n new tokens (B,) after the prompt (B, T), until the context (seq_len) is full.
 
-        They are the most likely ones, or samples at a temperature, of the top_k most likely ones if it is not 0.
+        Below a temperature of 1e-6 they are the most likely ones; else samples, of the top_k most likely ones if it is not 0.
         """
         n = min(n, self.config.seq_len - tokens.shape[1])
         cache = KVCache(self, len(tokens), tokens.shape[1] + n)
         for _ in range(n):
             logits = self(tokens, cache=cache)[:, -1].float()  # (B, V)
-            if temperature:
+            if temperature >= 1e-6:  # logits divided by much less overflow
                 if top_k:
                     least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
                     logits = logits.masked_fill(logits < least, -float("inf"))

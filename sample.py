@@ -61,7 +61,8 @@ def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str]:
-    """Yields for each of `ids`, which come after the ids `before`, the text that it completes; then what none completes.
+    """Yields for each of `ids`, which come after the ids `before`, the text that it completes; then any trailing bytes that do
+    not form a complete character.
 
     A character of several ids comes with the last of them, and "" before. A sentencepiece model needs all ids to decode one.
     """
@@ -114,7 +115,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     model, tokenizer, _ = load(args.path, args.device)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        prompt.encode()
+    except UnicodeError:
+        raise UserError(f"--prompt={'-' if args.prompt == '-' else '...'}: expected text in UTF-8") from None
     torch.manual_seed(args.seed)
     write_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k)
     return 0

@@ -104,6 +104,7 @@ def test_the_command_draws_the_same_text_for_the_same_seed(tmp_path, capsys, mon
     assert draws == output("--prompt=abc", "--num_samples=3", "--max_new_tokens=20", "--temperature=4", "--seed=0")
     assert draws != output("--prompt=abc", "--num_samples=3", "--max_new_tokens=20", "--temperature=4", "--seed=1")
     greedy = output("--prompt=abc", "--temperature=0")
+    assert greedy == output("--prompt=abc", "--temperature=1e-40")
     assert greedy == output("--prompt=abc", "--top_k=1") and len(greedy) <= 96
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     assert greedy == output("--prompt=-", "--temperature=0")
@@ -117,6 +118,14 @@ def test_the_command_continues_what_the_hand_built_model_copies(tmp_path):
     command = [sys.executable, "sample.py", str(tmp_path), "--prompt", text, "--max_new_tokens=20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, text + "ck brown fox jumps. \n", "")
+
+
+def test_a_prompt_that_is_not_utf_8_ends_with_status_2_and_one_line(tmp_path, capsys, monkeypatch):
+    save(tmp_path / "ckpt.pt", small_model(Chars(20)), Chars(20))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    for prompt, shown in {"-": "-", "a\udcff": "..."}.items():  # Python's form of a byte that an argument holds
+        assert run_command(sample.main, [str(tmp_path), "--prompt", prompt]) == 2
+        assert capsys.readouterr().err == f"--prompt={shown}: expected text in UTF-8\n"
 
 
 def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
