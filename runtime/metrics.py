@@ -61,12 +61,16 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict]:
-    """Returns the rows of a metrics.jsonl. A last line that a kill has cut off is ignored; raises UserError for another one."""
+    """Returns the rows of a metrics.jsonl, each with its step and tokens, or of a measures.jsonl, each with its step.
+
+    Ignores a last line that a kill has cut off; raises UserError for any other line that is not such a row.
+    """
     rows = []
+    required = ("step", "tokens") if Path(path).name == "metrics.jsonl" else ("step",)
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
-            if type(rows[-1]["step"]) is not int:
+            if any(type(rows[-1][name]) is not int for name in required):
                 raise TypeError
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}:{number}: not a row of measurements; remove this line") from None

@@ -6,10 +6,16 @@ python -m runtime.plots runs/tiny            draws the curves of a run
 python -m runtime.plots runs/tiny --watch    and redraws them while it trains
 """
 
+import sys
+
+from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from errors import UserError
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # importing matplotlib takes seconds
+
 import contextlib
 import io
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -22,8 +28,6 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from cli import Parser, run_command
-from errors import UserError
 from files import atomic_write
 from runtime import curves, metrics, rundir
 
@@ -31,6 +35,7 @@ BLACK, ORANGE, BLUE, GREEN = "#000000", "#D55E00", "#0072B2", "#009E73"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1)))]
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
 PANELS = ("loss (nats per token)", "attention of the best heads", "copying accuracy")
+PICTURES = (".png", ".pdf", ".svg")
 POLL = 2.0  # seconds between two looks at a run that is watched
 
 
@@ -236,14 +241,17 @@ def main(argv: list[str]) -> int:
     rows, file = args.run / "metrics.jsonl", args.plot or args.run / "curves.png"
     if not rows.exists():
         raise UserError(f"{rows}: not found; name the directory of a run, such as runs/tiny")
-    last = json.loads((args.run / "config.json").read_text())["max_steps"]
+    if file.suffix.lower() not in PICTURES:
+        parser.error(f"--plot={file}: expected a file name that ends in {', '.join(PICTURES)}")
+    if not file.parent.is_dir():
+        parser.error(f"--plot={file}: no such folder to write it to")
     drawn = None
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             is_running = args.watch and rundir.is_running(args.run)
             changed = rows.stat().st_mtime_ns
             if changed != drawn:
-                print(f"{file}: step {draw_run(args.run, file):,} of {last:,}", flush=True)
+                print(f"{file}: step {draw_run(args.run, file):,}", flush=True)
                 drawn = changed
             if not is_running:
                 break
@@ -252,4 +260,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

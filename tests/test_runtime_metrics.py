@@ -82,9 +82,9 @@ def test_the_time_to_go_includes_evaluations_and_the_step_time_does_not(monkeypa
     assert timer.lap(21) == {"ms": 1000, "tokens_per_s": 10, "eta_s": 25}  # 50 s in 20 steps, and 10 to go
 
 
-@pytest.mark.parametrize("line", ['{"step": 2, "to', "7", "[]", '{"tokens": 3}'])
+@pytest.mark.parametrize("line", ['{"step": 2, "to', "7", "[]", '{"tokens": 3}', '{"step": 2}'])
 def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(UserError, match=f"{path}"):
+    path.write_text(f'{{"step": 1, "tokens": 1}}\n{line}\n{{"step": 3, "tokens": 3}}\n')
+    with pytest.raises(UserError, match=f"{path}:2: "):
         metrics.read(path)

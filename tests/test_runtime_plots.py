@@ -15,7 +15,6 @@ ROWS = [{"step": s, "tokens": 10 * s, "loss": 3 - s / 9, "val_loss": 3.0, "induc
 
 def run_folder(path, rows):
     path.mkdir(exist_ok=True)
-    (path / "config.json").write_text('{"max_steps": 8}')
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -43,13 +42,20 @@ def test_a_watched_run_is_redrawn_when_it_has_measured_something_and_until_it_en
         run_folder(run, ROWS)
     watcher.join(60)
     assert not watcher.is_alive() and steps[-1] == 8
-    assert capsys.readouterr().out.splitlines()[-1] == f"{run}/curves.png: step 8 of 8"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run}/curves.png: step 8"
 
 
 def test_a_run_that_does_not_train_is_drawn_once(tmp_path, capsys):
     run = run_folder(tmp_path / "run", ROWS)
     assert plots.main([str(run), "--watch", f"--plot={tmp_path}/x.pdf"]) == 0
     assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF") and not (run / "run.lock").exists()
+    for name, why in {
+        "x.foo": "expected a file name that ends in .png, .pdf, .svg",
+        "x": "expected a file name that ends in .png, .pdf, .svg",
+        "none/x.png": "no such folder to write it to",
+    }.items():
+        assert run_command(plots.main, [str(run), f"--plot={tmp_path / name}"]) == 2
+        assert capsys.readouterr().err == f"--plot={tmp_path / name}: {why}; see python -m runtime.plots --help\n"
     assert run_command(plots.main, [str(tmp_path / "none")]) == 2
     assert (
         capsys.readouterr().err == f"{tmp_path}/none/metrics.jsonl: not found; name the directory of a run, such as runs/tiny\n"
