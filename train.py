@@ -13,7 +13,7 @@ import sys
 
 import config as settings
 from cli import exit_on_interrupt, run_command
-from errors import OutOfMemory, RunFailed, UserError, is_out_of_memory
+from errors import RunFailed, UserError, is_out_of_memory
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -52,8 +52,7 @@ def main(config: Config) -> int:
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        micro = max(1, min(config.micro_batch_size, config.batch_size) // 2)
-        raise OutOfMemory(f"out of memory; try --micro_batch_size={micro}, or a smaller model") from None
+        raise distributed.out_of_memory(config, world) from None
     distributed.leave()
     return status
 

@@ -46,7 +46,7 @@ def load(path, device="cpu") -> dict:
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # whatever an arbitrary file can make zipfile and the unpickler say
-        raise UserError(f"{path}: not a checkpoint of this trainer ({type(e).__name__})") from None
+        raise UserError(f"{path}: not a checkpoint of this trainer, or damaged or cut short ({type(e).__name__})") from None
     state = state if isinstance(state, dict) else {}
     kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
     later = {"skipped": int, "overflows": int, "loss_scale": torch.Tensor, "kernels": str}  # which older checkpoints lack
@@ -76,7 +76,9 @@ def restore(path, state: dict, model, optimizer=None, loss_scale=None):
                     assert all(optimizer.state[p][name].shape == p.shape for name in names - {"step"})
                     assert "step" not in names or optimizer.state[p]["step"].numel() == 1
     except Exception:  # whatever torch says of weights and moments of other shapes, names and kinds
-        raise UserError(f"{path}: its weights or moments do not fit its own config") from None
+        raise UserError(
+            f"{path}: weights or optimizer state do not match the model in its config; use an older checkpoint"
+        ) from None
 
 
 def keep(folder: Path, step: int, n: int):

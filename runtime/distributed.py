@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
-from errors import RunFailed, UserError
+from errors import OutOfMemory, RunFailed, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +85,19 @@ def start(config: Config) -> World:
     return World(rank, size, device, dist.new_group(backend="gloo") if backend == "nccl" else None)
 
 
+def largest_divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of n that is at most `most`."""
+    return next(i for i in range(min(n, most), 0, -1) if n % i == 0)
+
+
+def out_of_memory(config: Config, world: World) -> OutOfMemory:
+    """Returns the error of a run that does not fit into memory; it names a smaller micro-batch where there is one."""
+    _, micro = split_batch(config, world)
+    if micro == 1:
+        return OutOfMemory("out of memory; try a smaller model, or a smaller --seq_len")
+    return OutOfMemory(f"out of memory; try --micro_batch_size={largest_divisor(micro, micro // 2)}, or a smaller model")
+
+
 def split_batch(config: Config, world: World) -> tuple[int, int]:
     """Returns how many sequences of a batch each rank takes, and how many of these a gradient accumulation step takes."""
     if config.batch_size % world.size:
@@ -92,7 +105,10 @@ def split_batch(config: Config, world: World) -> tuple[int, int]:
     per_rank = config.batch_size // world.size
     micro = min(config.micro_batch_size, per_rank)
     if per_rank % micro:
-        raise UserError(f"micro_batch_size={micro}: must divide the {per_rank} sequences of a rank's share of the batch")
+        raise UserError(
+            f"micro_batch_size={micro}: must divide the {per_rank} sequences of a rank's share of the batch; pass "
+            f"--micro_batch_size={largest_divisor(per_rank, micro)}"
+        )
     return per_rank, micro
 
 

@@ -17,6 +17,8 @@ def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
 
     A run that torchrun restarts resumes its own newest checkpoint. Raises UserError if the checkpoint is of another run.
     """
+    if not config.resume:  # an unset variable of a shell
+        raise UserError("resume=: expected auto, none or a checkpoint file")
     out, given = Path(config.out_dir), Path(config.resume)
     paths = checkpoint.newest_first(out)
     if config.resume != "auto" and not (paths and rundir.is_restarted(out, "begun")):
@@ -29,7 +31,7 @@ def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
             break
         except UserError as e:
             if path == paths[-1]:
-                raise
+                raise UserError(f"{e}; start anew with --resume=none" if config.resume == "auto" else str(e)) from None
             world.say(f"warning: {e}; taking {paths[i + 1]}")
     check(path, state, config, fingerprint)
     return path, state

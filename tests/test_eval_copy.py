@@ -318,7 +318,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["none.pt"], "none.pt: no such checkpoint"),
         (["text.pt"], "text.pt: not a checkpoint"),
         (["short.pt"], "seq_len=40: too short"),
-        (["wide.pt"], "do not fit"),
+        (["wide.pt"], "do not match"),
         (["strange.pt"], "dims: no such setting"),
         (["ckpt.pt", "--alphabet", "21"], "alphabet=21"),
         (["none", "--over_steps"], "no checkpoints of several steps; train with --ckpt_keep=1000"),

@@ -479,6 +479,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(settings, unint
     for path in out.glob("*.pt"):
         path.write_bytes(b"no checkpoint")
     assert faults.run(settings) == 2
+    last = faults.log_of(settings).read_text().splitlines()[-1]
+    assert last.startswith(f"{out / 'ckpt_3.pt'}: not a checkpoint of this trainer, or damaged or cut short")
+    assert last.endswith("; start anew with --resume=none")
 
 
 CHANGES = {

@@ -188,8 +188,9 @@ def test_a_batch_that_does_not_fit_memory_is_refused_with_a_smaller_micro_batch(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(train, "update", full)
-    assert status(flags(settings)) == 2
-    assert capsys.readouterr().err == "out of memory; try --micro_batch_size=4, or a smaller model\n"
+    for micro, advice in {6: "--micro_batch_size=3, or a smaller model", 1: "a smaller model, or a smaller --seq_len"}.items():
+        assert status(flags(settings, batch_size=6, micro_batch_size=micro)) == 2
+        assert capsys.readouterr().err == f"out of memory; try {advice}\n"
 
 
 def test_sigterm_saves_and_exits_with_3_and_the_run_goes_on(settings):
@@ -276,8 +277,12 @@ MISTAKES = {
     "vocabulary": (lambda s, t: flags(s, vocab_size=16), ["vocab_size=16", "--vocab_size=17"]),
     "heads": (lambda s, t: flags(s, n_heads=3), ["dim=16", "n_heads=3"]),
     "short context": (lambda s, t: flags(s, copy_eval_interval=1), ["seq_len=31", "too short", "54"]),
-    "micro batch": (lambda s, t: flags(s, micro_batch_size=3), ["micro_batch_size=3", "8 sequences"]),
+    "micro batch": (
+        lambda s, t: flags(s, micro_batch_size=3),
+        ["micro_batch_size=3", "8 sequences", "pass --micro_batch_size=2"],
+    ),
     "no checkpoint": (lambda s, t: flags(s, resume=t / "x.pt"), ["x.pt", "no such checkpoint"]),
+    "empty resume": (lambda s, t: flags(s, resume=""), ["resume=: expected auto, none or a checkpoint file"]),
     "device": (lambda s, t: flags(s, device="cudda"), ["device=cudda", "auto, cuda, mps or cpu"]),
     "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["dim=2097152", "out of memory", "a smaller model"]),
     "batch": (lambda s, t: flags(s, batch_size=1e8), ["batch_size=100000000", "only 361 sequences"]),
