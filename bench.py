@@ -28,6 +28,29 @@ CONFIGS = {
     ("copy", "cpu"): ["configs/tiny.py"],
 }
 
+# What each command reads of its command line; settings are --name=value. `check` takes --device alone of these.
+READS = {
+    "check": (),
+    "train": ("configs", "settings", "rounds", "nanogpt", "json"),
+    "copy": ("configs", "settings", "rounds", "until", "json"),
+    "kernels": ("json",),
+    "tiles": ("json",),
+    "bytes": ("configs", "settings"),
+    "data": ("rounds", "json"),
+}
+
+
+def unread(args, settings: list[str]) -> list[str]:
+    """Returns the arguments that the command does not read."""
+    reads = READS[args.what]
+    options = [name for name in ("rounds", "until", "nanogpt", "json") if getattr(args, name) is not None]
+    found = [f"--{name}" for name in options if name not in reads]
+    if "configs" not in reads:
+        found += args.configs
+    if "settings" not in reads:
+        found += [word for word in settings if word.startswith("-")]
+    return [word for word in found if args.what != "check" or word.partition("=")[0] != "--device"]
+
 
 def each_config(args, settings: list[str]) -> Iterator[dict]:
     """Prints the results of `train` or `copy`, and yields them, {config name: result}, as they grow."""
@@ -47,7 +70,7 @@ def each_config(args, settings: list[str]) -> Iterator[dict]:
         argv, name = [config, *settings], Path(config).stem
         print(" ".join([name, *settings]), flush=True)
         if args.what == "copy":
-            parts = copying.copy(argv, args.until, args.rounds or 3)
+            parts = copying.copy(argv, args.until or 0.9, args.rounds or 3)
         else:
             parts = training.compare(argv, args.rounds or 10, args.nanogpt)
         for part in parts:
@@ -63,13 +86,15 @@ def write(path: str | None, machine: dict, what: str, result):
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("check", "train", "copy", "kernels", "tiles", "bytes", "data"))
-    parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="for train and copy (default: by the device)")
+    parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="for train, copy and bytes (default: by the device)")
     parser.add_argument("--rounds", type=int, help="for train (10) and data (5); for copy, the number of seeds (3)")
-    parser.add_argument("--until", type=float, choices=(0.5, 0.9), default=0.9, help="for copy: the exact match to reach (0.9)")
+    parser.add_argument("--until", type=float, choices=(0.5, 0.9), help="for copy: the exact match to reach (0.9)")
     parser.add_argument("--nanogpt", metavar="PATH", help="for train: a checkout of nanoGPT, one more baseline")
-    parser.add_argument("--json", metavar="FILE", help="write the result to this file too")
+    parser.add_argument("--json", metavar="FILE", help="write the result to this file too; not for check and bytes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, settings = parser.parse_known_args(argv)
+    if words := unread(args, settings):
+        parser.error(f"{args.what} takes no {', '.join(words)}")
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds={args.rounds}: must be at least 1")
     if args.json and not Path(args.json).parent.is_dir():

@@ -265,6 +265,16 @@ def test_a_mistake_is_one_line():
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
 
 
+@pytest.mark.parametrize("what", bench.READS)
+def test_a_command_refuses_what_it_does_not_read(what):
+    arguments = {"configs": "x.py", "settings": "--dim=16", "rounds": "--rounds=2", "until": "--until=0.5"}
+    for name, word in (arguments | {"nanogpt": "--nanogpt=x", "json": "--json=x.json"}).items():
+        if name not in bench.READS[what]:
+            shown = word.partition("=")[0] if name not in ("configs", "settings") else word
+            with pytest.raises(UserError, match=f"^{what} takes no {shown}; see python bench.py --help$"):
+                bench.main([what, word])
+
+
 def test_training_steps_are_compared_under_the_baselines_optimizer(monkeypatch):
     seen = []
     monkeypatch.setattr(training, "compare", lambda argv, *_: [seen.append(load(argv).optimizer) or {}])
