@@ -159,9 +159,12 @@ class Steps:
         return found | {IDLE: max(0.0, 1000 * wall / updates - sum(found.values()))}
 
     def peak_gb(self) -> float:
-        """Returns the peak of a step: on a GPU what PyTorch reserves, as a CUDA graph's memory is not allocated anew."""
+        """Returns the peak of a step, summed over the ranks: on a GPU what PyTorch reserves, as a CUDA graph's memory is not
+        allocated anew; on a CPU that of the processes.
+        """
         if not self.cuda:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+            return self.world.sum(torch.tensor(peak)).item()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.update(self.micro)

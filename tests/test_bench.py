@@ -3,10 +3,12 @@
 import importlib
 import io
 import json
+import resource
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +110,12 @@ def test_a_model_takes_its_turns_and_ends_with_its_row(who, settings, monkeypatc
         parts = row["parts_ms"]
         assert parts.keys() == {*training.PARTS, training.MEMORY_BOUND, training.IDLE}
         assert all(parts[name] > 0 for name in ("optimizer", "cross-entropy", "attention", "GEMMs", "memory-bound"))
+
+
+def test_the_peak_memory_is_that_of_all_ranks():
+    c, two = load(ARGV), SimpleNamespace(device=torch.device("cpu"), size=1, rank=0, sum=lambda x: 2 * x)
+    steps = training.Steps(c, "plain", two)
+    assert steps.peak_gb() == pytest.approx(2 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, rel=0.01)
 
 
 def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
