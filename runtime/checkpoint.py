@@ -82,7 +82,7 @@ def restore(path, state: dict, model, optimizer=None, loss_scale=None):
 
 
 def keep(folder: Path, step: int, n: int):
-    """Gives the ckpt.pt of `step` a second name, ckpt_<step>.pt, and removes all but the newest n of those."""
+    """Gives the ckpt.pt of `step` a second name, ckpt_<step>.pt, and removes all but the newest n of those; all if n is 1."""
     if n > 1:
         kept = folder / f"ckpt_{step}.pt"
         kept.unlink(missing_ok=True)
@@ -90,8 +90,9 @@ def keep(folder: Path, step: int, n: int):
             os.link(folder / "ckpt.pt", kept)
         except OSError:  # a file system without hard links
             shutil.copyfile(folder / "ckpt.pt", kept)
-        for old in list(by_step(folder).values())[:-n]:
-            old.unlink()
+    by_age = list(by_step(folder).values())
+    for old in by_age[:-n] if n > 1 else by_age:
+        old.unlink()
 
 
 def by_step(folder: Path, kind="ckpt") -> dict[int, Path]:

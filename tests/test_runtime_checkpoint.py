@@ -113,6 +113,8 @@ def test_the_newest_n_are_kept(tmp_path, monkeypatch, links):
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_4.pt", "ckpt_5.pt"]
     steps = [checkpoint.load(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_4.pt", "ckpt_5.pt")]
     assert steps == [5, 4, 5]
+    checkpoint.keep(tmp_path, 5, 1)
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 def test_milestones_are_powers_of_two_then_thousands():
