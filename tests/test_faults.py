@@ -404,7 +404,7 @@ def test_a_non_finite_loss_never_reaches_the_parameters_and_is_told_with_its_bat
     settings = settings | dict(data=str(write_dataset(tmp_path / "set")), vocab_size=18, log_interval=100, eval_interval=0)
     poison(settings, tmp_path / "set", 2 * 8 + 4 + 1)
     with fault("non-finite loss"):
-        output = launch(settings, "--nproc_per_node=2", "--standalone").communicate(timeout=120)[0]
+        output = run_launcher(settings, "--nproc_per_node=2", "--standalone")
         line = next(line for line in output.splitlines() if line.startswith("warning: step 3: loss nan"))
         assert "on rank 1, its batch" in line and "rank 0" not in line
         assert line.endswith(f"python -m data.bins {settings['out_dir']} --step 3")
@@ -526,6 +526,14 @@ def launch(settings, *options, **kwargs):
     return subprocess.Popen([*launcher, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
+def run_launcher(settings, *options) -> str:
+    """Returns the output of a run of several ranks that ends well."""
+    launcher = launch(settings, *options)
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 0, output[-3000:]
+    return output
+
+
 def children(pid) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -536,7 +544,7 @@ def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_ne
     long = long | {"max_steps": 150, "resume": resume}
     two = ("--nproc_per_node=2", "--standalone", "--max-restarts=1")
     whole = long | {"out_dir": str(tmp_path / "whole")}
-    assert launch(whole, *two).communicate(timeout=120) and (tmp_path / "whole/ckpt.pt").exists()
+    run_launcher(whole, *two)
     launcher = launch(long, *two)
     wait_for((Path(long["out_dir"]) / "ckpt.pt").exists)
     with fault("rank killed under torchrun"):
@@ -556,7 +564,7 @@ def test_two_launchers_are_one_run(settings, tmp_path):
     outputs = [machine.communicate(timeout=120)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     one = settings | {"out_dir": str(tmp_path / "one")}
-    assert launch(one, "--nproc_per_node=2", "--standalone").communicate(timeout=120)
+    run_launcher(one, "--nproc_per_node=2", "--standalone")
     assert equals(settings, result(one))
 
 
