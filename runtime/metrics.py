@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -125,7 +126,7 @@ class Stats:
                 ranks = "".join(f"on rank {rank}, " for rank in self.world.sum(flags).nonzero().flatten().tolist())
                 self.world.say(
                     f"warning: step {number}: loss {loss}, gradient norm {norm}; the update was left out; {ranks}"
-                    f"its batch: python -m data.bins {self.out} --step {number}"
+                    f"its batch: python -m data.bins {shlex.quote(str(self.out))} --step {number}"
                 )
         if most_in_a_row >= MAX_SKIPPED:
             raise RunFailed(

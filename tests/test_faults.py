@@ -402,12 +402,13 @@ def poison(settings, data, *positions):
 def test_a_non_finite_loss_never_reaches_the_parameters_and_is_told_with_its_batch(settings, tmp_path):
     """On two ranks, at step 3, in the second rank's share. The run goes on, also when it is resumed before that step."""
     settings = settings | dict(data=str(write_dataset(tmp_path / "set")), vocab_size=18, log_interval=100, eval_interval=0)
+    settings |= {"out_dir": str(tmp_path / "a run")}
     poison(settings, tmp_path / "set", 2 * 8 + 4 + 1)
     with fault("non-finite loss"):
         output = run_launcher(settings, "--nproc_per_node=2", "--standalone")
         line = next(line for line in output.splitlines() if line.startswith("warning: step 3: loss nan"))
         assert "on rank 1, its batch" in line and "rank 0" not in line
-        assert line.endswith(f"python -m data.bins {settings['out_dir']} --step 3")
+        assert line.endswith(f"python -m data.bins '{settings['out_dir']}' --step 3")
         state, rows = result(settings)
         assert state["step"] == rows[-1]["step"] == 6 and state["skipped"] == rows[-1]["skipped"] == 1
         assert all(p.isfinite().all() for name, p in state["model"].items() if name != "embed.weight")
