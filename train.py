@@ -1,4 +1,4 @@
-"""Trains a Llama from token bins and tests on the way how well it copies from its context.
+"""Trains a Llama on token bins and evaluates in-context copying during training.
 
     python train.py configs/tiny.py                              a demo for two CPU cores
     python train.py configs/llama162m.py --micro_batch_size=32   one device
@@ -137,7 +137,7 @@ class Run:
         world.say(metrics.announcement(config, world, *distributed.split_batch(config, world), self.train_bin))
         compile_blocks(self.model, config, world)
         model = distributed.data_parallel(self.model.train(), world)
-        passes = graphed(forward_backward, config, world)
+        micro_step = graphed(forward_backward, config, world)
         timer = metrics.Timer(config, world)
         try:
             while True:
@@ -156,8 +156,10 @@ class Run:
                     timer.start(self.step)  # only now: the first update compiles
                 if self.step == config.max_steps:
                     break
-                rest = (self.train_bin, config, world, self.stop, passes)
-                self.stats.unread.append(update(self.step + 1, model, self.optimizer, self.loss_scale, *rest))
+                stats = update(
+                    self.step + 1, model, self.optimizer, self.loss_scale, self.train_bin, config, world, self.stop, micro_step
+                )
+                self.stats.unread.append(stats)
                 self.step += 1
         except distributed.Stopped:
             return self.save_and_exit()
@@ -244,8 +246,10 @@ def forward_backward(model, x, y, seed, weight) -> torch.Tensor:
     return loss.detach()
 
 
-def update(step, model, optimizer, loss_scale, train_bin, config: Config, world, stop, passes=forward_backward) -> torch.Tensor:
-    """Makes update number `step`, counted from 1; model may be wrapped for several ranks, passes may be a CUDA graph.
+def update(
+    step, model, optimizer, loss_scale, train_bin, config: Config, world, stop, micro_step=forward_backward
+) -> torch.Tensor:
+    """Makes update number `step`, counted from 1; model may be wrapped for several ranks, micro_step may be a CUDA graph.
 
     Returns (4,) on the device: loss and gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
     If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before anything has changed, if a
@@ -268,7 +272,7 @@ def update(step, model, optimizer, loss_scale, train_bin, config: Config, world,
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:
-            loss = passes(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
+            loss = micro_step(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
         own += loss * share
     loss = world.sum(own) / world.size
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scale

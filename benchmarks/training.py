@@ -73,7 +73,7 @@ class Steps:
             self.loss_scale = train.LossScale(dtype, world.device)
             self.ranks = distributed.data_parallel(self.model, world)
             self.stop = distributed.StopSignal(world)
-            self.step, self.passes = 0, {}
+            self.step, self.micro_steps = 0, {}
             self.folder = tempfile.TemporaryDirectory()
             windows.astype("<u2").tofile(f"{self.folder.name}/train.bin")
             self.bin = bins.Bin(f"{self.folder.name}/train.bin", c.seq_len, c.vocab_size)
@@ -89,10 +89,10 @@ class Steps:
         if self.who == OURS:
             self.step += 1
             c = dataclasses.replace(self.config, micro_batch_size=micro)
-            if micro not in self.passes:  # one at a time, as a graph keeps its memory
-                self.passes = {micro: train.graphed(train.forward_backward, c, self.world)}
-            rest = (self.bin, c, self.world, self.stop, self.passes[micro])
-            train.update(self.step, self.ranks, self.optimizer, self.loss_scale, *rest)
+            if micro not in self.micro_steps:  # one at a time, as a graph keeps its memory
+                self.micro_steps = {micro: train.graphed(train.forward_backward, c, self.world)}
+            micro_step = self.micro_steps[micro]
+            train.update(self.step, self.ranks, self.optimizer, self.loss_scale, self.bin, c, self.world, self.stop, micro_step)
             return
         self.optimizer.zero_grad()
         for i in range(0, self.batch, micro):

@@ -1,4 +1,4 @@
-"""torch.compile, block by block, and a CUDA graph of the passes of a small batch."""
+"""torch.compile, block by block, and a CUDA graph of forward and backward of a small batch."""
 
 import torch
 
@@ -24,16 +24,16 @@ def compile_blocks(model, config: Config, world):
 
 
 class Graph:
-    """The passes of a micro-batch, recorded at the first call as a CUDA graph, which the host launches whole.
+    """Forward and backward of a micro-batch, recorded at the first call as a CUDA graph, which the host launches whole.
 
-    passes(model, *inputs) computes the gradients of the parameters and returns the loss; inputs are tensors or None. Small
+    micro_step(model, *inputs) computes the gradients of the parameters and returns the loss; inputs are tensors or None. Small
     batches need it: launching llama162m's kernels one by one took the host of an H200 36 ms, computing 16 sequences of 512
     tokens takes 17. A graph reads and writes the same memory each time: all calls must have the same shapes, and the gradients
     are replaced.
     """
 
-    def __init__(self, passes):
-        self.passes = passes
+    def __init__(self, micro_step):
+        self.micro_step = micro_step
         self.graph = None
 
     def __call__(self, model, *inputs):
@@ -53,16 +53,16 @@ class Graph:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles, and allocates what cannot be allocated while recording
-                self.passes(model, *self.inputs)
+                self.micro_step(model, *self.inputs)
                 model.zero_grad()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = self.passes(model, *self.inputs)
+            self.loss = self.micro_step(model, *self.inputs)
         self.grads = [p.grad for p in model.parameters()]
 
 
-def graphed(passes, config: Config, world):
-    """Returns `passes` as a Graph on one GPU without gradient accumulation, else as it is."""
+def graphed(micro_step, config: Config, world):
+    """Returns `micro_step` as a Graph on one GPU without gradient accumulation, else as it is."""
     alone = world.device.type == "cuda" and world.size == 1 and config.micro_batch_size >= config.batch_size
-    return Graph(passes) if alone and config.compile != "off" else passes
+    return Graph(micro_step) if alone and config.compile != "off" else micro_step

@@ -1,4 +1,4 @@
-"""The passes of a small batch as a CUDA graph: the same numbers as kernel by kernel."""
+"""Forward and backward of a small batch as a CUDA graph: the same numbers as kernel by kernel."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ GPU = torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
-def updates(config, passes, steps=4):
+def updates(config, micro_step, steps=4):
     """The parameters and what update() returns after some updates."""
     world, dtype = distributed.World(0, 1, GPU), distributed.DTYPES[config.dtype]
     torch.manual_seed(0)
@@ -25,8 +25,9 @@ def updates(config, passes, steps=4):
     compiling.compile_blocks(model, config, world)
     optimizer, scale = make_optimizer(model, config), LossScale(dtype, GPU)
     train_bin = bins.Bin(f"{config.data}/train.bin", config.seq_len, config.vocab_size)
-    rest = (optimizer, scale, train_bin, config, world, distributed.StopSignal(world), passes)
-    stats = [train.update(step, model, *rest) for step in range(1, steps + 1)]
+    stop, stats = distributed.StopSignal(world), []
+    for step in range(1, steps + 1):
+        stats.append(train.update(step, model, optimizer, scale, train_bin, config, world, stop, micro_step))
     return [*model.parameters(), *stats]
 
 
@@ -49,6 +50,6 @@ def test_a_graph_is_for_one_gpu_without_gradient_accumulation(settings):
         (distributed.World(0, 2, GPU), {"compile": "on"}),
         (cpu, {"compile": "on"}),
     ]:
-        passes = compiling.graphed(train.forward_backward, dataclasses.replace(config, **change), world)
+        micro_step = compiling.graphed(train.forward_backward, dataclasses.replace(config, **change), world)
         first = world.size == 1 and world.device == GPU and change == {"compile": "on"}
-        assert isinstance(passes, compiling.Graph) == first and (first or passes is train.forward_backward)
+        assert isinstance(micro_step, compiling.Graph) == first and (first or micro_step is train.forward_backward)
