@@ -2,8 +2,8 @@
 
 model              parameter name -> tensor, fp32
 step               number of updates made
-skipped            how many of them were left out, because their loss or gradient was not finite
-overflows          how many were left out because the loss scale of fp16 was too high
+skipped            how many of them were skipped, because their loss or gradient was not finite
+overflows          how many were skipped because the loss scale of fp16 was too high
 loss_scale         runtime.optim.LossScale's state
 optimizer          the optimizer's state: parameter number -> name -> tensor (milestones have none: they hold weights alone)
 config             every setting of the run by name; `kernels` is the op set that was chosen
@@ -24,7 +24,7 @@ from files import atomic_writer
 
 
 def save(path: Path, state: dict):
-    """Replaces the checkpoint at `path`; if the process is killed on the way, the checkpoint before stays whole."""
+    """Replaces the checkpoint at `path`. If the process is killed meanwhile, the previous checkpoint stays intact."""
     with atomic_writer(path) as file:
         torch.save(state, file)
 

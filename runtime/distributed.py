@@ -157,21 +157,21 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.world = world
-        self.asked = False
-        self.inside = False  # code that a signal may interrupt
+        self.stop_requested = False
+        self.interruptible_now = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.asked = True
+        self.stop_requested = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.inside:
-            self.inside = False
+        if self.interruptible_now:
+            self.interruptible_now = False
             raise self.Interrupt
 
     def check(self):
         """Raises Stopped on all ranks if any of them has been asked to stop."""
-        if self.world.any(self.asked):
+        if self.world.any(self.stop_requested):
             raise Stopped
 
     def interruptible(self, f):
@@ -179,11 +179,11 @@ class StopSignal:
         result = None
         try:
             try:
-                self.inside = True
-                if not self.asked:
+                self.interruptible_now = True
+                if not self.stop_requested:
                     result = f()
             finally:
-                self.inside = False
+                self.interruptible_now = False
         except self.Interrupt:
             pass
         self.check()

@@ -68,7 +68,7 @@ def wandb(out: Path, config: Config, step: int, known: dict[int, dict]):
 
         def log(row: dict):
             new = {name: value for name, value in numbers(row).items() if name not in known.get(row["step"], {})}
-            if new:  # wandb takes nothing back: rows that an update made again wrote before are there already
+            if new:  # W&B cannot overwrite: skip values already logged before the resume
                 run.log(new, step=row["step"])
 
         yield log

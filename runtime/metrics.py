@@ -94,10 +94,10 @@ def is_evaluated(row: dict) -> bool:
 
 
 class Stats:
-    """Loss and gradient norm of the updates since the last log line: on the device until they are read.
+    """Loss and gradient norm of the updates since the last log line, kept on the device until they are read.
 
-    An update whose loss or norm is not finite was left out. If only the loss scale of fp16 was too high, it is counted among
-    the overflows. Else it is reported and counted among the skipped ones; MAX_SKIPPED of these in a row end the run.
+    An update whose loss or norm is not finite changed nothing. It counts as an overflow if only the loss scale of fp16 was too
+    high; otherwise it is reported and counted as skipped, and MAX_SKIPPED of these in a row end the run.
     """
 
     def __init__(self, world, out: Path, state: dict):
@@ -109,7 +109,7 @@ class Stats:
         self.in_a_row = 0
 
     def read(self, step: int) -> dict:
-        """Returns the row of update `step`, the last one. Raises RunFailed if there is no use in going on."""
+        """Returns the row of update `step`, the last one. Raises RunFailed after MAX_SKIPPED non-finite updates in a row."""
         stats = torch.stack(self.unread).tolist()
         self.unread = []
         most_in_a_row = 0
@@ -125,7 +125,7 @@ class Stats:
                 flags = torch.eye(self.world.size)[self.world.rank] * (not math.isfinite(own))
                 ranks = "".join(f"on rank {rank}, " for rank in self.world.sum(flags).nonzero().flatten().tolist())
                 self.world.say(
-                    f"warning: step {number}: loss {loss}, gradient norm {norm}; the update was left out; {ranks}"
+                    f"warning: step {number}: loss {loss}, gradient norm {norm}; update skipped; {ranks}"
                     f"its batch: python -m data.bins {shlex.quote(str(self.out))} --step {number}"
                 )
         if most_in_a_row >= MAX_SKIPPED:

@@ -9,7 +9,7 @@ from config import Config
 from errors import UserError, about
 from runtime import checkpoint, rundir
 
-AS_IT_IS = {"seq_len", "attn_dropout"}  # with another of these the same weights are the same function of the same text
+MAY_DIFFER = {"seq_len", "attn_dropout"}  # from the source of init_from: they do not change what the weights compute
 
 
 def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
@@ -78,12 +78,12 @@ def changes(path: Path, state: dict, config: Config, kernels: str, world) -> dic
 def start_from(path, state: dict, config: Config, model, tokenizer, world):
     """Copies the weights of `state`, loaded from `path`, into a new run's model.
 
-    They must be of this very model: another context or dropout does not change what it computes, another rope_theta or
-    norm_eps does. Warns of a tokenizer that is not the data's: the same ids then mean other text.
+    Raises UserError if the two models differ in other settings than MAY_DIFFER. Warns if the tokenizer of the source is not
+    that of the data, because the same ids then mean other text.
     """
     with about(path):
         theirs = dataclasses.asdict(settings.from_checkpoint(state["config"]))
-        values = {name: value for name, value in theirs.items() if name not in AS_IT_IS}
+        values = {name: value for name, value in theirs.items() if name not in MAY_DIFFER}
         dataclasses.replace(config, **values)  # raises for what no run can train, such as ids beyond uint16
     if other := {name: value for name, value in values.items() if value != getattr(config, name)}:
         mine = ", ".join(f"{name}={getattr(config, name)}" for name in other)

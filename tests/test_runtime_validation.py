@@ -56,7 +56,7 @@ def test_a_signal_leaves_validation_where_it_is(settings):
     interrupted = Interrupted(val.path, config.seq_len, config.vocab_size)
     with pytest.raises(distributed.Stopped):
         validate(Llama(config.model(), eager), interrupted, np.arange(val.n_windows), 3, WORLD, stop)
-    assert seen == [3, 3] and stop.asked  # of 17 calls
-    with pytest.raises(distributed.Stopped):  # it stays asked
+    assert seen == [3, 3] and stop.stop_requested  # of 17 calls
+    with pytest.raises(distributed.Stopped):  # the request stays
         validate(Llama(config.model(), eager), interrupted, np.arange(val.n_windows), 3, WORLD, stop)
     assert seen == [3, 3]
