@@ -44,7 +44,7 @@ def atomic_write(path, data: bytes | str):
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def check_output(option: str, file: str, *suffixes: str):
+def check_output(option: str, file: str | Path, *suffixes: str):
     """Raises UserError before long work if `file` cannot be written, or would replace a file of another kind."""
     path = Path(file)
     if path.suffix.lower() not in suffixes:

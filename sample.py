@@ -117,9 +117,8 @@ def main(argv: list[str]) -> int:
     model, tokenizer, _ = load(args.path, args.device)
     try:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        prompt.encode()
-    except UnicodeError:
-        raise UserError(f"--prompt={'-' if args.prompt == '-' else '...'}: expected text in UTF-8") from None
+    except UnicodeDecodeError:
+        raise UserError("--prompt=-: the text on stdin is not valid UTF-8") from None
     torch.manual_seed(args.seed)
     write_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k)
     return 0

@@ -28,14 +28,13 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from files import atomic_write
+from files import atomic_write, check_output
 from runtime import curves, metrics, rundir
 
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#D55E00", "#0072B2", "#009E73"
 LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1)))]
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
 PANELS = ("loss (nats per token)", "attention of the best heads", "copying accuracy")
-PICTURES = (".png", ".pdf", ".svg")
 POLL = 2.0  # seconds between two looks at a run that is watched
 
 
@@ -241,10 +240,7 @@ def main(argv: list[str]) -> int:
     rows, file = args.run / "metrics.jsonl", args.plot or args.run / "curves.png"
     if not rows.exists():
         raise UserError(f"{rows}: not found; name the directory of a run, such as runs/tiny")
-    if file.suffix.lower() not in PICTURES:
-        parser.error(f"--plot={file}: expected a file name that ends in {', '.join(PICTURES)}")
-    if not file.parent.is_dir():
-        parser.error(f"--plot={file}: no such folder to write it to")
+    check_output("--plot", file, ".png", ".pdf", ".svg")
     drawn = None
     with contextlib.suppress(KeyboardInterrupt):
         while True:

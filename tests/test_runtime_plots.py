@@ -50,12 +50,12 @@ def test_a_run_that_does_not_train_is_drawn_once(tmp_path, capsys):
     assert plots.main([str(run), "--watch", f"--plot={tmp_path}/x.pdf"]) == 0
     assert (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF") and not (run / "run.lock").exists()
     for name, why in {
-        "x.foo": "expected a file name that ends in .png, .pdf, .svg",
-        "x": "expected a file name that ends in .png, .pdf, .svg",
-        "none/x.png": "no such folder to write it to",
+        "x.foo": "expected a name that ends in .png, .pdf, .svg",
+        "x": "expected a name that ends in .png, .pdf, .svg",
+        "none/x.png": "cannot be written; name a file in a folder that exists and is writable",
     }.items():
         assert run_command(plots.main, [str(run), f"--plot={tmp_path / name}"]) == 2
-        assert capsys.readouterr().err == f"--plot={tmp_path / name}: {why}; see python -m runtime.plots --help\n"
+        assert capsys.readouterr().err == f"--plot={tmp_path / name}: {why}\n"
     assert run_command(plots.main, [str(tmp_path / "none")]) == 2
     assert (
         capsys.readouterr().err == f"{tmp_path}/none/metrics.jsonl: not found; name the directory of a run, such as runs/tiny\n"

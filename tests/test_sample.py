@@ -1,6 +1,7 @@
 """sample.py: what is drawn, how it is decoded while it comes, and its command line."""
 
 import io
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -123,9 +124,9 @@ def test_the_command_continues_what_the_hand_built_model_copies(tmp_path):
 def test_a_prompt_that_is_not_utf_8_ends_with_status_2_and_one_line(tmp_path, capsys, monkeypatch):
     save(tmp_path / "ckpt.pt", small_model(Chars(20)), Chars(20))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
-    for prompt, shown in {"-": "-", "a\udcff": "..."}.items():  # Python's form of a byte that an argument holds
+    for prompt in ("-", "a\udcff"):  # Python's form of a byte that an argument holds
         assert run_command(sample.main, [str(tmp_path), "--prompt", prompt]) == 2
-        assert capsys.readouterr().err == f"--prompt={shown}: expected text in UTF-8\n"
+        assert re.fullmatch("--prompt.*not valid UTF-8\n", capsys.readouterr().err)
 
 
 def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
