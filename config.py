@@ -244,7 +244,7 @@ def from_dict(values: dict, kind=Config):
     for name, value in values.items():
         expected = _type(name)
         if type(value) is int and abs(value) >= 2**31:
-            raise UserError(f"{name}={value}: must be between -2^31 and 2^31")
+            raise UserError(f"{name}: must be between -2^31 and 2^31")
         if expected is float and type(value) is int:
             values[name] = float(value)
         elif typing.get_origin(expected) is Literal:
