@@ -540,7 +540,7 @@ def children(pid) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
-@pytest.mark.parametrize("resume", ["auto", "none"])
+@pytest.mark.parametrize("resume", [pytest.param("auto", marks=pytest.mark.soak), "none"])  # none is the harder one
 def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_never_was(long, tmp_path, resume):
     long = long | {"max_steps": 150, "resume": resume}
     two = ("--nproc_per_node=2", "--standalone", "--max-restarts=1")
