@@ -267,15 +267,17 @@ def figure_l(data, scale, file):
     """The base's text with none (repeat 0) to many of its training tokens in verbatim copies of passages from shortly before;
     and without copies, but with no loss on targets that followed their current token earlier in the window (masked). Panels:
     copying; the highest attention of an induction head; the loss on held-out text, which has no copies; and what each seed
-    reaches at the end. In the table, frequency is the share of training tokens that occurred earlier in their window;
-    reliability is how often the next token is then the one that followed the latest occurrence; predictable is the share of
-    targets that masking leaves out.
+    reaches at the end, by the share of copies. In the table, frequency is the share of training tokens that occurred earlier in
+    their window; reliability is how often the next token is then the one that followed the latest occurrence; predictable is
+    the share of targets that masking leaves out.
     """
     picture, (*axes, last) = panels(4)
     draw_curves(axes, data, [(name, "tokens") for name in (scale.copying, "induction_max", "val_loss")])
     exact = scale.copying.replace("token", "exact")
-    reached = {n: [[at_the_end(rows, n) for rows in seeds] for seeds in data.values()] for n in (exact, scale.copying)}
-    doses(last, [name.removeprefix("repeat") for name in data], {measure_name(n): of for n, of in reached.items()})
+    shares = {name.removeprefix("repeat"): seeds for name, seeds in data.items() if name != "masked"}
+    reached = {n: [[at_the_end(rows, n) for rows in seeds] for seeds in shares.values()] for n in (exact, scale.copying)}
+    if shares:
+        doses(last, list(shares), {measure_name(n): of for n, of in reached.items()})
     last.set(title="copying at the end, each seed", xlabel="share of copies", ylabel="share right", ylim=(-0.03, 1.03))
     save(picture, file)
     ends = {name: [at_the_end(rows, exact) for rows in seeds] for name, seeds in data.items() if name != "masked"}

@@ -32,7 +32,10 @@ from files import atomic_write, check_output
 from runtime import curves, metrics, rundir
 
 BLACK, ORANGE, BLUE, GREEN = "#000000", "#D55E00", "#0072B2", "#009E73"
-LINES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1)))]
+LINES = [
+    (BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"), ("#CC79A7", (0, (5, 1, 1, 1))), ("#E69F00", (0, (1, 1))),
+    ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
+]  # fmt: skip
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
 PANELS = ("loss (nats per token)", "attention of the best heads", "copying accuracy")
 POLL = 2.0  # seconds between two looks at a run that is watched
