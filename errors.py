@@ -36,6 +36,11 @@ def about(what):
         raise UserError(f"{what}: {e}") from None
 
 
+def first_line(e: BaseException) -> str:
+    """Returns the first line of an exception's message, or its class if it has none."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
 def is_out_of_memory(e: BaseException) -> bool:
     """Returns whether `e` says that a tensor does not fit into memory."""
     return type(e).__name__ in ("OutOfMemoryError", "MemoryError") or any(text in str(e) for text in OUT_OF_MEMORY)

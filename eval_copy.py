@@ -170,10 +170,7 @@ def evaluate(path, args: argparse.Namespace) -> dict:
 
 def open_held_out(folder: str, seq_len: int, model: Llama, tokenizer: Tokenizer) -> bins.Bin:
     """Returns the held-out text of a prepared folder. Raises UserError if it is too short, or of another tokenizer."""
-    try:
-        val = bins.Bin(Path(folder) / "val.bin", seq_len, model.config.vocab_size)
-    except UserError as e:
-        raise UserError(str(e).replace("--seq_len", "--context")) from None
+    val = bins.Bin(Path(folder) / "val.bin", seq_len, model.config.vocab_size, option="--context")
     theirs, ids = load_tokenizer(folder, model.config.vocab_size), val.windows([0])[0].tolist()
     if "ids" not in (tokenizer.kind, theirs.kind) and tokenizer.decode(ids) != theirs.decode(ids):
         raise UserError(f"--data={folder}: its tokenizer is not the model's; pass data prepared with the model's tokenizer")

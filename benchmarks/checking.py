@@ -11,6 +11,7 @@ import kernels
 from benchmarks import ops
 from benchmarks.cases import HEAD_OPS, OPS, SHAPE, case, outputs, run
 from benchmarks.machine import machine
+from errors import first_line
 
 
 def problems(device: torch.device) -> list[tuple[str, dict]]:
@@ -45,7 +46,7 @@ def compare(op_sets: dict, device) -> dict[str, list[str]]:
                 try:
                     found = ops.check(name, op_set, shape)
                 except Exception as e:  # each way in which a kernel cannot be built or launched has a class of its own
-                    notes.append(f"  {what}: {type(e).__name__}: {(str(e).strip() or '-').splitlines()[0]}")
+                    notes.append(f"  {what}: {type(e).__name__}: {first_line(e)}")
                     continue
                 if not found[0] <= found[1]:
                     notes.append(f"  {what}: error {found[0]:.1e}, allowed {found[1]:.1e}")

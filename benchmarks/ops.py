@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import OPS, SHAPE, case, errors, outputs, run
-from errors import UserError
+from errors import UserError, first_line
 
 SWEEP = [dict(T=T, B=65536 // T) for T in (256, 512, 2048, 4096)] + [dict(D=64 * H, H=H, F=256 * H) for H in (8, 16, 32)]
 
@@ -106,7 +106,7 @@ def sweep_shapes(top) -> Iterator[list[dict]]:
                         row["share"] = share(row["both"], forward + backward, name.endswith("attention"), top)
                     figures = "".join(f"{x:>10.3f}" for x in row.values())
                 except RuntimeError as e:  # out of memory, or a backend that does not take this shape
-                    row = dict(failed=str(e).splitlines()[0])
+                    row = dict(failed=first_line(e))
                     figures = row["failed"]
                 rows[f"{name}: {who}"] = row
                 print(f"{name + ': ' + who:<36}{figures}", flush=True)
@@ -161,7 +161,7 @@ def sweep_tiles() -> Iterator[list[dict]]:
                 refuse_if_wrong(name, shape)
                 row |= measure(lambda *xs: op(fused, *xs), inputs)  # noqa: B023
             except Exception as e:  # wrong, or too much shared memory or too many registers: Triton has a class for each
-                row |= dict(failed=str(e).splitlines()[0])
+                row |= dict(failed=first_line(e))
             rows.append(row)
             figure = row.get("failed") or f"{row[way]:.3f} ms"
             label = " ".join([name, *change])

@@ -83,11 +83,12 @@ class Bin:
     Window w is tokens[w * seq_len : (w + 1) * seq_len + 1], so that neighbours share one token: the last target of the one
     is the first input of the next. Tokens past the last whole window are not used.
 
+    option: the command-line option that sets seq_len, which messages name
     n_tokens, n_windows: how many there are
     Raises UserError if there is no file, one that Shard refuses, less than a window, or not what meta.json states.
     """
 
-    def __init__(self, path, seq_len: int, vocab_size: int):
+    def __init__(self, path, seq_len: int, vocab_size: int, option="--seq_len"):
         self.path = Path(path)
         self.seq_len = seq_len
         self.vocab_size = vocab_size
@@ -105,7 +106,7 @@ class Bin:
         if self.n_tokens < seq_len + 1:
             raise UserError(
                 f"{path}: {self.n_tokens} tokens are fewer than a window of seq_len + 1 = {seq_len + 1}; "
-                f"pass --seq_len={max(self.n_tokens - 1, 1)} or less, or prepare more text"
+                f"pass {option}={max(self.n_tokens - 1, 1)} or less, or prepare more text"
             )
         self.meta_vocab_size = meta["vocab_size"] if meta else 0
         self.n_windows = (self.n_tokens - 1) // seq_len

@@ -21,7 +21,7 @@ if __name__ == "__main__" and not __package__:
 from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command, whole
 
 if __name__ == "__main__":
-    exit_on_interrupt()  # importing datasets' libraries takes a while
+    exit_on_interrupt()  # importing NumPy and the tokenizers takes a while
 
 import argparse
 import hashlib

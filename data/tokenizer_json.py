@@ -3,7 +3,7 @@
 import json
 
 from data.tokenizer_kinds import Tokenizer
-from errors import UserError, require
+from errors import UserError, first_line, require
 
 
 class TokenizerJson(Tokenizer):
@@ -27,7 +27,7 @@ class TokenizerJson(Tokenizer):
         except BaseException as e:  # tokenizers raises no narrower class than Exception, and its panics are not even that
             if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
                 raise
-            raise UserError(f"not a tokenizer.json that the installed tokenizers reads ({_reason(e)})") from None
+            raise UserError(f"not a tokenizer.json that the installed tokenizers reads ({first_line(e)})") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # text that reads like a special token is text
@@ -53,7 +53,7 @@ class TokenizerJson(Tokenizer):
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as e:
-            raise UserError(f"tokenizer.json cannot encode this text ({_reason(e)})") from None
+            raise UserError(f"tokenizer.json cannot encode this text ({first_line(e)})") from None
 
     def decode(self, ids):
         return self.tokenizer.decode(self._text_ids(ids))
@@ -67,7 +67,3 @@ class TokenizerJson(Tokenizer):
     def _id_of(self, c):
         i = self.tokenizer.token_to_id(c)
         return None if i in self.special else i
-
-
-def _reason(e: BaseException) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0]

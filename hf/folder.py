@@ -17,7 +17,7 @@ import torch
 from config import ModelConfig, from_checkpoint, from_dict
 from data.tokenizer_json import TokenizerJson
 from data.tokenizer_kinds import SentencePiece
-from errors import UserError, about, require
+from errors import UserError, about, first_line, require
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
 
@@ -228,7 +228,7 @@ def _tensors(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
             except FileNotFoundError:
                 raise UserError(f"{path}: no such file; the folder's index names it") from None
             except (safetensors.SafetensorError, OSError) as e:
-                raise UserError(f"{path}: damaged, or not safetensors ({str(e).splitlines()[0]})") from None
+                raise UserError(f"{path}: damaged, or not safetensors ({first_line(e)})") from None
             found |= {name: (path, handle) for name in handle.keys()}
         if config.tie_embeddings and HEAD in found and EMBED not in found:
             wanted["embed.weight"] = {HEAD: wanted["embed.weight"][EMBED]}

@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-from errors import UserError
+from errors import UserError, first_line
 
 HEAD_DIMS = (16, 32, 64, 128)  # supported by the Triton attention
 # Compute capabilities (major, minor) on which `bench.py check` found SDPA faster; 9.0 is not among them.
@@ -82,4 +82,4 @@ def _probe(device) -> str | None:
     try:
         importlib.import_module("kernels.swiglu").swiglu(torch.ones(1, 2, device=device))
     except Exception as e:  # each missing part raises an exception of its own class
-        return f"Triton does not work on this machine ({(str(e).strip() or type(e).__name__).splitlines()[0]})"
+        return f"Triton does not work on this machine ({first_line(e)})"

@@ -3,7 +3,7 @@
 import torch
 
 from config import Config
-from errors import UserError
+from errors import UserError, first_line
 
 
 def compile_blocks(model, config: Config, world):
@@ -14,7 +14,7 @@ def compile_blocks(model, config: Config, world):
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=world.device))
     except Exception as e:  # what is missing (a compiler, Python's headers) shows as many kinds of error
-        reason = f"torch.compile does not work on this machine ({str(e).strip().splitlines()[0]})"
+        reason = f"torch.compile does not work on this machine ({first_line(e)})"
         if config.compile == "on":
             raise UserError(f"compile=on: {reason}; pass --compile=off") from None
         world.say(f"warning: {reason}; going on without it, slower")

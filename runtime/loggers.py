@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 
 from config import Config
-from errors import UserError, require
+from errors import UserError, first_line, require
 
 
 def check(config: Config):
@@ -62,7 +62,7 @@ def wandb(out: Path, config: Config, step: int, known: dict[int, dict]):
     try:
         run = wandb.init(config=dataclasses.asdict(config), **options)
     except wandb.Error as e:
-        line = str(e).splitlines()[0]
+        line = first_line(e)
         raise UserError(f"log_to=wandb: {line}; log in with: wandb login, or set WANDB_MODE=offline") from None
     with run:
 

@@ -99,6 +99,9 @@ def test_held_out_text_of_another_tokenizer_is_refused(tmp_path):
     save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
     with pytest.raises(UserError, match="its tokenizer is not the model's"):
         eval_copy.main([str(tmp_path / "ckpt.pt"), "--samples=4", f"--data={data}"])
+    short = write_dataset(tmp_path / "short", rows=8, length=80)
+    with pytest.raises(UserError, match="80 tokens are fewer than a window of .*; pass --context=79 or less"):
+        eval_copy.main([str(tmp_path / "ckpt.pt"), "--samples=4", f"--data={short}"])
 
 
 def test_the_loss_by_position_is_that_of_the_data(tmp_path, capsys):

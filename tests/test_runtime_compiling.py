@@ -53,3 +53,12 @@ def test_a_graph_is_for_one_gpu_without_gradient_accumulation(settings):
         micro_step = compiling.graphed(train.forward_backward, dataclasses.replace(config, **change), world)
         first = world.size == 1 and world.device == GPU and change == {"compile": "on"}
         assert isinstance(micro_step, compiling.Graph) == first and (first or micro_step is train.forward_backward)
+
+
+def test_a_compiler_that_fails_without_a_message_is_named_and_done_without(monkeypatch, capsys):
+    def fail(f):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "compile", fail)
+    compiling.compile_blocks(None, from_dict({"compile": "auto"}), distributed.World(0, 1, torch.device("cpu")))
+    assert "torch.compile does not work on this machine (AssertionError)" in capsys.readouterr().out
