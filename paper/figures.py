@@ -274,13 +274,14 @@ def figure_l(data, scale, file):
     picture, (*axes, last) = panels(4)
     draw_curves(axes, data, [(name, "tokens") for name in (scale.copying, "induction_max", "val_loss")])
     exact = scale.copying.replace("token", "exact")
-    shares = {name.removeprefix("repeat"): seeds for name, seeds in data.items() if name != "masked"}
-    reached = {n: [[at_the_end(rows, n) for rows in seeds] for seeds in shares.values()] for n in (exact, scale.copying)}
+    shares = {name: seeds for name, seeds in data.items() if name != "masked"}
+    reached = {n: {s: [at_the_end(rows, n) for rows in seeds] for s, seeds in shares.items()} for n in (exact, scale.copying)}
     if shares:
-        doses(last, list(shares), {measure_name(n): of for n, of in reached.items()})
+        names = [name.removeprefix("repeat") for name in shares]
+        doses(last, names, {measure_name(n): list(of.values()) for n, of in reached.items()})
     last.set(title="copying at the end, each seed", xlabel="share of copies", ylabel="share right", ylim=(-0.03, 1.03))
     save(picture, file)
-    ends = {name: [at_the_end(rows, exact) for rows in seeds] for name, seeds in data.items() if name != "masked"}
+    ends = reached[exact]
     first = next((label(name) for name, values in ends.items() if min(values) >= 0.5), "none of the shares")
     text = "; ".join(f"{label(name)}: {', '.join(f'{x:.2f}' for x in values)}" for name, values in ends.items())
     claim = f"the smallest share of copies at which every seed ends with an exact match of 0.5 ({measure_name(exact)})"
