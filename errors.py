@@ -55,7 +55,8 @@ def exit_status(e: BaseException) -> tuple[int, str] | None:
     if isinstance(e, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(e, OSError):
-        return 4 if e.errno in DISK_FULL else 2, f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
+        message = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e)
+        return (4, f"{message}; make room, then run the same command again") if e.errno in DISK_FULL else (2, message)
     if is_out_of_memory(e):
         return 2, "out of memory; try a smaller model or batch, or another machine"
     return None

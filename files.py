@@ -15,6 +15,16 @@ BEGINNINGS = {
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Adds `path` to an OSError that the block raises without one, as a write to a full disk does."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_writer(path) -> Iterator[BinaryIO]:
     """Opens a file that replaces `path` when the block ends; if the block raises or the process dies, `path` stays as it was.
 
@@ -23,7 +33,7 @@ def atomic_writer(path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -23,7 +23,7 @@ from data.encode import Settings, batches, encode_all
 from data.meta import BLOCK, MAX_VOCAB, SPLITS, TOKEN, scan, write_meta
 from data.tokenizer_kinds import Tokenizer
 from errors import UserError
-from files import atomic_write
+from files import atomic_write, naming
 
 SAVE_SECONDS = 10  # between two points to resume from
 
@@ -104,7 +104,8 @@ class Writer:
         if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise UserError(f"{self.folder / split}.bin: token id {bad} is outside 0..{self.vocab_size - 1} (vocab_size - 1)")
-        self.files[split].write(ids.astype(TOKEN))
+        with naming(self.partial / f"{split}.bin"):
+            self.files[split].write(ids.astype(TOKEN))
         for name, n in (("tokens", ids.size), ("docs", docs), ("bytes", n_bytes)):
             self.totals[split][name] += n
 
@@ -115,8 +116,9 @@ class Writer:
 
     def _sync(self):
         for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            with naming(file.name):
+                file.flush()
+                os.fsync(file.fileno())
 
     def commit(self, details: dict, files: dict[str, bytes]) -> dict:
         """Writes meta.json and the files that go with it, and gives the bins their final names. Returns the meta.

@@ -12,7 +12,7 @@ import torch
 
 from config import Config, ModelConfig
 from errors import RunFailed, UserError
-from files import atomic_write
+from files import atomic_write, naming
 from runtime.checkpoint import is_milestone
 
 # Dense bf16 TFLOP/s from the makers' data sheets, by the name of the card without maker, memory and form factor.
@@ -56,7 +56,7 @@ class Metrics:
         atomic_write(path, "".join(json.dumps(row) + "\n" for row in self.before.values() if row["step"] < step))
 
     def write(self, row: dict):
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         self.log(row)
 

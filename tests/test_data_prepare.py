@@ -23,14 +23,15 @@ from data.prepare import parse, prepare, training_texts
 from data.tokenizer import Bytes, SentencePiece, Tiktoken, load_tokenizer
 from data.writer import another_fraction
 from errors import UserError
+from tests.faults import no_file_beyond
 from tests.test_data_tokenizer import ANY_TEXT, NASTY, TOKENS, ranks, repeatable
 
 GPT = ranks(TOKENS)
 
 
-def run(*argv):
+def run(*argv, first=None):
     command = [sys.executable, "-m", "data.prepare", *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, preexec_fn=first, capture_output=True, text=True, check=False)
 
 
 def documents(folder):
@@ -345,6 +346,14 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path, moment):
     _, error = child.communicate(timeout=60)
     assert (child.returncode, error.decode()) == (130, "interrupted; run the same command again to resume\n")
     assert not (tmp_path / "out/train.bin").exists()
+
+
+def test_a_full_disk_is_one_line_and_status_4(tmp_path):
+    arguments = ["repeats", "--rows=2000", f"--out={tmp_path / 'out'}"]
+    full = run(*arguments, first=lambda: no_file_beyond(2**18))
+    last = f"{tmp_path / 'out/.partial/train.bin'}: File too large; make room, then run the same command again"
+    assert (full.returncode, full.stderr.splitlines()[-1]) == (4, last)
+    assert run(*arguments).returncode == 0
 
 
 KILLED = """

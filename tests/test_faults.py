@@ -517,7 +517,8 @@ def test_a_full_disk_ends_the_run_with_status_4_and_the_checkpoint_before_whole(
     with fault("disk full"):
         assert faults.run(settings, functools.partial(faults.no_file_beyond, len(before) // 2)) == 4
         assert path.read_bytes() == before and not list(path.parent.glob("*.tmp"))
-        assert "File too large" in faults.log_of(settings).read_text().splitlines()[-1]
+        last = faults.log_of(settings).read_text().splitlines()[-1]
+        assert last == f"{path}: File too large; make room, then run the same command again"
         assert faults.run(settings) == 0 and equals(settings, expected)
 
 
