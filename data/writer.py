@@ -65,7 +65,8 @@ class Writer:
 
     def __exit__(self, *_):
         for file in self.files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # on a full disk: what is lost counts in no journal, and was reported
+                file.close()
         if not self.journal.exists():
             shutil.rmtree(self.partial, ignore_errors=True)
             with contextlib.suppress(OSError):  # the folder holds a dataset
@@ -104,8 +105,9 @@ class Writer:
         if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
             bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise UserError(f"{self.folder / split}.bin: token id {bad} is outside 0..{self.vocab_size - 1} (vocab_size - 1)")
-        with naming(self.partial / f"{split}.bin"):
-            self.files[split].write(ids.astype(TOKEN))
+        file = self.files[split]
+        with naming(file.name):
+            file.write(ids.astype(TOKEN))
         for name, n in (("tokens", ids.size), ("docs", docs), ("bytes", n_bytes)):
             self.totals[split][name] += n
 
