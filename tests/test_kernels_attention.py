@@ -207,14 +207,14 @@ def test_seeds_of_another_dtype_are_refused():
 
 
 def test_registration_holds():
-    q, k, v = qkv(2, 9, 9, 2, 1, 32, torch.bfloat16)
+    q, k, v = qkv(2, 9, 9, 4, 2, 32, torch.bfloat16)
     seed = some_seed(2)
     torch.library.opcheck(attention, (q, k, v, 0.25, seed))
     torch.library.opcheck(attention, (q, k, v, 0.0, None))
     check_registration(lambda q, k, v, seed: causal_attention(q, k, v, 0.25, seed), [q, k, v, seed], [torch.randn_like(q)])
     inputs = [torch.cat((q, k, v), dim=2).detach().requires_grad_(), *table(9, 32)]
-    torch.library.opcheck(packed_attention, (*inputs, 1, 0.25, seed))
-    check_registration(lambda *xs: rotary_attention(*xs, 1, 0.25, seed), inputs, [torch.randn_like(q)])
+    torch.library.opcheck(packed_attention, (*inputs, 2, 0.25, seed))
+    check_registration(lambda *xs: rotary_attention(*xs, 2, 0.25, seed), inputs, [torch.randn_like(q)])
 
 
 def test_rows_that_dk_and_dv_read_are_written_by_the_other_kernels():
