@@ -33,7 +33,7 @@ MAY_CHANGE = {
 # The settings that older checkpoints lack. The defaults are what they were made with.
 ADDED = {
     "head_dim", "rope_factor", "rope_original_seq_len", "rope_low_freq_factor", "rope_high_freq_factor", "attention_bias",
-    "mlp_bias", "mask_repeated",
+    "mlp_bias", "repeated_weight",
 }  # fmt: skip
 # Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
 MAY_CHANGE_ON_REQUEST = {
@@ -124,7 +124,9 @@ class Config(ModelConfig):
     beta2: float = setting(0.999, "AdamW's decay of the second moment")
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
 
-    mask_repeated: bool = setting(False, "no loss where a token and its target followed each other earlier in the window")
+    repeated_weight: float = setting(
+        1.0, "weight in the loss of targets that followed their token earlier in the window; the others have 1", least=0
+    )
 
     eval_interval: int = setting(1000, "updates between validations; 0: never", least=0)
     eval_batches: int = setting(4, "validation batches, of batch_size sequences each", least=1)

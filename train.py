@@ -40,7 +40,7 @@ from runtime import checkpoint, checks, distributed, loggers, metrics, resume, r
 from runtime.compiling import compile_blocks, graphed
 from runtime.optim import LossScale, apply_gradients, learning_rate, make_optimizer
 from runtime.schedule import due_after
-from runtime.validation import bits_per_byte, validate, without_repeated
+from runtime.validation import bits_per_byte, reweighted, validate
 
 
 def main(config: Config) -> int:
@@ -266,8 +266,10 @@ def update(
         ids = train_bin.windows(bins.window_indices(config.seed, position, micro, train_bin.n_windows))  # (micro, T+1)
         x, y = distributed.on_device(ids, world.device)  # (micro, T) each
         share = micro / per_rank
-        if config.mask_repeated:  # masked targets count as a loss of 0, so that the mean is the same for any split of the batch
-            y, kept = without_repeated(ids, y)
+        if (
+            config.repeated_weight != 1
+        ):  # what is left out counts as a loss of 0: the mean is the same for any split of the batch
+            y, kept = reweighted(ids, y, config.repeated_weight, uniform(config, position, micro))
             share *= kept
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
@@ -292,6 +294,12 @@ def dropout_seeds(config: Config, start: int, count: int, device):
     batch = start // config.batch_size
     seeds = np.random.default_rng([config.seed, batch, 1]).integers(2**62, size=config.batch_size)
     return torch.from_numpy(seeds[start % config.batch_size :][:count]).to(device)
+
+
+def uniform(config: Config, start: int, count: int) -> np.ndarray:
+    """Returns a number in [0, 1) for each target, (count, T), that depends on its position in the run alone."""
+    numbers = np.random.default_rng([config.seed, start // config.batch_size, 2]).random((config.batch_size, config.seq_len))
+    return numbers[start % config.batch_size :][:count]
 
 
 if __name__ == "__main__":

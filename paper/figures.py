@@ -264,32 +264,41 @@ def figure_k(data, scale, file):
 
 @figure("l", "How much repetition does copying need?", shared.repeats, ("induction_max", *shared.CORPUS))
 def figure_l(data, scale, file):
-    """The base's text with none (repeat 0) to many of its training tokens in verbatim copies of passages from shortly before;
-    and without copies, but with no loss on targets that followed their current token earlier in the window (masked). Panels:
-    copying; the highest attention of an induction head; the loss on held-out text, which has no copies; and what each seed
-    reaches at the end, by the share of copies. In the table, frequency is the share of training tokens that occurred earlier in
-    their window; reliability is how often the next token is then the one that followed the latest occurrence; predictable is
-    the share of targets that masking leaves out.
+    """The base's text with none (repeat 0) to many of its training tokens in verbatim copies of passages from shortly before.
+    Panels: copying; the highest attention of an induction head; the loss on held-out text, which has no copies; and what each
+    seed reaches at the end, by the share of copies. In the table, frequency is the share of training tokens that occurred
+    earlier in their window; reliability is how often the next token is then the one that followed the latest occurrence;
+    predictable is the share of targets that followed their current token earlier in the window.
     """
+    return dose_response(data, scale, file, "repeat", 0, "share of copies", "a share of copies of {}")
+
+
+@figure("m", "How much must copying count in the loss?", shared.weights, ("induction_max", "val_loss_new", "val_loss_repeated"))
+def figure_m(data, scale, file):
+    """The base's text, where targets that followed their current token earlier in the window count more (weight above 1) or
+    less than the others in the training loss, or not at all (weight 0). Panels: copying; the highest attention of an
+    induction head; the loss on held-out text, where all tokens count the same; and what each seed reaches at the end, by the
+    weight.
+    """
+    return dose_response(data, scale, file, "weight", 1, "weight of repeated targets", "a weight of {} for repeated targets")
+
+
+def dose_response(data, scale, file, prefix, base, what, treatment):
+    """Draws the variants prefix + dose, and compares each with that of the dose `base`, seed by seed."""
     picture, (*axes, last) = panels(4)
     draw_curves(axes, data, [(name, "tokens") for name in (scale.copying, "induction_max", "val_loss")])
     exact = scale.copying.replace("token", "exact")
-    shares = {name: seeds for name, seeds in data.items() if name != "masked"}
-    reached = {n: {s: [at_the_end(rows, n) for rows in seeds] for s, seeds in shares.items()} for n in (exact, scale.copying)}
-    if shares:
-        names = [name.removeprefix("repeat") for name in shares]
-        doses(last, names, {measure_name(n): list(of.values()) for n, of in reached.items()})
-    last.set(title="copying at the end, each seed", xlabel="share of copies", ylabel="share right", ylim=(-0.03, 1.03))
+    reached = {n: {s: [at_the_end(rows, n) for rows in seeds] for s, seeds in data.items()} for n in (exact, scale.copying)}
+    doses(last, [name.removeprefix(prefix) for name in data], {measure_name(n): list(of.values()) for n, of in reached.items()})
+    last.set(title="copying at the end, each seed", xlabel=what, ylabel="share right", ylim=(-0.03, 1.03))
     save(picture, file)
     ends = reached[exact]
-    first = next((label(name) for name, values in ends.items() if min(values) >= 0.5), "none of the shares")
+    first = next((label(name) for name, values in ends.items() if min(values) >= 0.5), "none")
     text = "; ".join(f"{label(name)}: {', '.join(f'{x:.2f}' for x in values)}" for name, values in ends.items())
-    claim = f"the smallest share of copies at which every seed ends with an exact match of 0.5 ({measure_name(exact)})"
-    claims = [[claim, MEASURED, f"{first}; at the end {text}"]]
-    found = {"exact": ends}
-    for name, pairs in paired(data, "repeat0").items():
+    claim = f"the smallest {what} at which every seed ends with an exact match of 0.5 ({measure_name(exact)})"
+    found = {"exact": ends, "claims": [[claim, MEASURED, f"{first}; at the end {text}"]]}
+    for name, pairs in paired(data, f"{prefix}{base}").items():
+        dose = name.removeprefix(prefix)
         found[name] = compare(pairs, scale, (scale.copying, "val_loss"))
-        share = f"repeating {name.removeprefix('repeat')} of the tokens"
-        title = "masking what induction predicts" if name == "masked" else share
-        claims += claims_of_treatment(title, found[name], scale, hinders=name == "masked")
-    return found | {"claims": claims}
+        found["claims"] += claims_of_treatment(treatment.format(dose), found[name], scale, hinders=float(dose) < base)
+    return found

@@ -23,6 +23,7 @@ class Scale:
     samples: int  # of the copy test, for each checkpoint
     warmups: tuple[int, ...] = ()  # figure k: updates
     repeats: tuple[float, ...] = ()  # figure l: shares of the training tokens in inserted copies, 0 first
+    weights: tuple[float, ...] = ()  # figure m: weights of repeated targets in the loss, 1 among them
     copying: str = "copy_exact_full"  # the measure of copying
     attention: float | None = None  # induction_max that counts as a second onset, by attention; None: copying alone
     keep_weights: bool = False  # after they have been measured
@@ -58,10 +59,10 @@ SCALES = {
     ),
     "text": Scale(
         "configs/text.py",
-        settings=dict(schedule="constant", max_steps=5000),
+        settings=dict(schedule="constant", max_steps=5000, dtype="fp32"),  # a CPU that is faster in bf16 would compare the two
         batches={4: 5000, 8: 2500, 16: 1250, 32: 880}, rates=(1.5e-3, 3e-3, 6e-3), layers=(2, 4, 8),
         grid={128: {4: 7000, 8: 3500, 16: 1750}, 256: {4: 5000, 8: 2500, 16: 1250}, 512: {4: 2500, 8: 1250, 16: 625}},
-        warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32, 0.75),
+        warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32, 0.75), weights=(0, 1, 4, 10, 40),
         copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
     ),
     "gpu": Scale(

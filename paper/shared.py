@@ -53,13 +53,16 @@ def warmups(scale):
 
 
 def repeats(scale):
-    """Returns the base with more and more inserted copies, and without any, but with no loss on what induction predicts."""
-    b = scale.base
-    found = {}
+    """Returns the base with more and more inserted copies."""
+    b, found = scale.base, {}
     for share in scale.repeats:
         other = {"data": f"{b.data}-repeat{share:g}", "prepare": f"{b.prepare} --repeat={share:g}"}
         found[f"repeat{share:g}"] = other if share or "--repeat" in b.prepare else {}
-    return found | ({"masked": found["repeat0"] | {"mask_repeated": True}} if found else {})
+    return found
+
+
+def weights(scale):
+    return {f"weight{weight:g}": {"repeated_weight": float(weight)} for weight in scale.weights}
 
 
 def grid(scale):

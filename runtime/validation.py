@@ -47,13 +47,17 @@ def bits_per_byte(loss: float, meta: dict | None) -> dict:
     return {"val_bpb": loss / math.log(2) * split["tokens"] / split["bytes"]} if split.get("bytes") else {}
 
 
-def without_repeated(ids: np.ndarray, y: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Returns the targets y (B, T) with -100 where induction could predict them, and the share of the others.
+def reweighted(ids: np.ndarray, y: torch.Tensor, weight: float, chance: np.ndarray) -> tuple[torch.Tensor, float]:
+    """Returns the targets y (B, T) with -100 where they are left out, and the share of those that are kept.
 
-    That is where the current token and the target occurred in this order earlier in the window (Hapax, arXiv 2511.05743).
+    Targets that induction could predict count `weight` times as much as the others: of the lighter ones a random share is
+    kept. They are those whose current token they followed earlier in the window (Hapax, arXiv 2511.05743, leaves out all of
+    them). chance (B, T) is uniform in [0, 1). The first target of a window is always kept, so that each has a loss.
     """
-    masked = repeated(ids, 2)
-    return y.masked_fill(torch.from_numpy(masked).to(y.device), -100), float(1 - masked.mean())
+    share = np.where(repeated(ids, 2), min(weight, 1), 1 / max(weight, 1))
+    share[:, 0] = 1
+    kept = chance < share
+    return y.masked_fill(torch.from_numpy(~kept).to(y.device), -100), float(kept.mean())
 
 
 def repeated(ids: np.ndarray, n: int = 3) -> np.ndarray:

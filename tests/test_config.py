@@ -141,7 +141,7 @@ def test_a_config_survives_json(tmp_path):
 def test_a_setting_that_older_checkpoints_lack_has_not_changed_where_it_has_its_default():
     older = {name: value for name, value in dataclasses.asdict(Config()).items() if name not in ADDED}
     assert changed(older, Config()) == {}
-    assert changed(older, Config(mask_repeated=True, mlp_bias=True)).keys() == {"mask_repeated", "mlp_bias"}
+    assert changed(older, Config(repeated_weight=2.0, mlp_bias=True)).keys() == {"repeated_weight", "mlp_bias"}
 
 
 def test_help_names_every_field_in_under_a_second_and_without_torch():

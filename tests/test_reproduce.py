@@ -84,7 +84,7 @@ def test_the_corpora_differ_in_inserted_copies_alone(tmp_path, corpus):
     prepared = f"text {tmp_path} --tokenizer=bpe --vocab_size=500 --val_fraction=0.2"
     scale = dataclasses.replace(TEXT, settings={"data": f"{tmp_path}-bins", "prepare": prepared}, repeats=(0, 0.3))
     runs = reproduce.Runs(dataclasses.replace(scale, settings=scale.settings | {"vocab_size": 500}), "mini", tmp_path)
-    assert runs.variants["repeat0"] == {} and runs.variants["masked"] == {"mask_repeated": True}
+    assert runs.variants["repeat0"] == {} and runs.variants["weight0"] == {"repeated_weight": 0.0}
     configs = [runs.configs[name] for name in ("base", "repeat0.3")]
     for c in configs:
         prepare.prepare([*c.prepare.split(), f"--out={c.data}"])
@@ -348,20 +348,33 @@ def test_every_figure_can_be_drawn_from_any_of_its_variants_and_seeds(letter, tm
         assert {how for _, how, _ in found} <= {HOLDS, FAILS, INCONCLUSIVE, MEASURED} and (found or data in alone)
 
 
-def test_more_repetition_and_masking_are_judged_by_what_they_do_to_copying(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("letter", "named", "base", "low", "high", "treatment"),
+    [
+        ("l", shared.repeats(TEXT), "repeat 0", "0.02", "0.32", "a share of copies of {}"),
+        ("m", shared.weights(TEXT), "weight 1", "4", "10", "a weight of {} for repeated targets"),
+    ],
+)
+def test_a_dose_is_judged_by_what_it_does_to_copying(letter, named, base, low, high, treatment, tmp_path, monkeypatch):
     leave_pictures_out(monkeypatch)
-    named = shared.repeats(TEXT)
-    data = {name: seeds(2000, 2100, 1900, level=0.4) for name in named} | {"masked": seeds(None, None, None)}
-    data |= {"repeat0.08": seeds(500, 600, 400, level=0.8), "repeat0.32": seeds(300, 400, 200, level=0.9)}
-    found = result("l", data, tmp_path, TEXT)["claims"]
+    kind = base.split()[0]
+    data = {name: seeds(2000, 2100, 1900, level=0.4) for name in named}
+    data |= {kind + high: seeds(300, 400, 200, level=0.9)}
+    found = result(letter, data, tmp_path, TEXT)["claims"]
     how = {claim: verdict for claim, verdict, _ in found}
-    assert found[0][2].startswith("repeat 0.08; at the end repeat 0: 0.40, 0.40, 0.40; ")
+    assert found[0][2].startswith(f"{kind} {high}; at the end ") and f"{base}: 0.40, 0.40, 0.40" in found[0][2]
     for by in ("(by copying)", "(by attention)"):
-        assert how[f"repeating 0.08 of the tokens makes copying come earlier {by}"] == HOLDS
-        assert how[f"repeating 0.005 of the tokens makes copying come earlier {by}"] == INCONCLUSIVE
-        assert how[f"masking what induction predicts makes copying come later {by}"] == HOLDS
-    assert how["repeating 0.32 of the tokens raises the final accuracy"] == HOLDS
-    assert how["masking what induction predicts lowers the final accuracy"] == HOLDS
+        assert how[f"{treatment.format(high)} makes copying come earlier {by}"] == HOLDS
+        assert how[f"{treatment.format(low)} makes copying come earlier {by}"] == INCONCLUSIVE
+    assert how[f"{treatment.format(high)} raises the final accuracy"] == HOLDS
+
+
+def test_leaving_the_loss_of_repeated_targets_out_hinders_copying(tmp_path, monkeypatch):
+    leave_pictures_out(monkeypatch)
+    data = {"weight0": seeds(None, None, None), "weight1": seeds(2000, 2100, 1900, level=0.4)}
+    how = {claim: verdict for claim, verdict, _ in result("m", data, tmp_path, TEXT)["claims"]}
+    assert how["a weight of 0 for repeated targets makes copying come later (by attention)"] == HOLDS
+    assert how["a weight of 0 for repeated targets lowers the final accuracy"] == HOLDS
 
 
 def test_a_verdict_without_an_interval_takes_three_seeds_that_agree_and_no_tie():

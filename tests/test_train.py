@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,9 +108,11 @@ def test_the_logged_loss_and_norm_are_those_of_the_full_batch_before_the_update(
     assert rows[1]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_masked_targets_count_as_a_loss_of_zero_however_the_batch_is_split(settings, tmp_path):
+@pytest.mark.parametrize("weight", [0, 0.5, 4])
+def test_targets_left_out_count_as_a_loss_of_zero_however_the_batch_is_split(settings, tmp_path, weight):
     one, four = (
-        run(settings, max_steps=1, mask_repeated=True, micro_batch_size=n, out_dir=str(tmp_path / str(n)))[1] for n in (8, 2)
+        run(settings, max_steps=1, repeated_weight=float(weight), micro_batch_size=n, out_dir=str(tmp_path / str(n)))[1]
+        for n in (8, 2)
     )
     config = from_dict(settings)
     torch.manual_seed(config.seed)
@@ -117,12 +120,16 @@ def test_masked_targets_count_as_a_loss_of_zero_however_the_batch_is_split(setti
     train_bin = bins.Bin(Path(config.data) / "train.bin", config.seq_len, config.vocab_size)
     ids = train_bin.windows(bins.order(config.seed, 0, train_bin.n_windows)[:8]).tolist()
     seen = [[pair in pairs[:t] for t, pair in enumerate(pairs)] for pairs in (list(itertools.pairwise(row)) for row in ids)]
+    chance = np.random.default_rng([config.seed, 0, 2]).random((8, config.seq_len))
+    left_out = torch.from_numpy(
+        np.where(seen, chance >= weight, (chance >= 1 / max(weight, 1)) & (np.arange(config.seq_len) > 0))
+    )
     x, y = torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
     losses = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-    loss = losses.masked_fill(torch.tensor(seen), 0).mean()
+    loss = losses.masked_fill(left_out, 0).mean()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    assert 0.1 < torch.tensor(seen).float().mean() < 0.9
+    assert 0.1 < left_out.float().mean() < 0.9
     for row in (one, four):  # sums in another order, in fp32
         assert row["loss"] == pytest.approx(loss.item(), abs=1e-6) and row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
@@ -136,7 +143,7 @@ def test_measuring_does_not_change_training(settings, tmp_path):
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"attn_dropout": 0.2, "schedule": "cosine", "mask_repeated": True}, {"optimizer": "muon"}],
+    [{}, {"attn_dropout": 0.2, "schedule": "cosine", "repeated_weight": 0.0}, {"optimizer": "muon"}],
     ids=["plain", "dropout", "muon"],
 )
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extra):
