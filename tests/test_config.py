@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import ADDED, ROOT, Config, changed, command_line, from_dict, load, parse
+from config import ADDED, ROOT, Config, ModelConfig, changed, command_line, from_checkpoint, from_dict, load, parse
 from errors import UserError
 
 
@@ -142,6 +142,15 @@ def test_a_setting_that_older_checkpoints_lack_has_not_changed_where_it_has_its_
     older = {name: value for name, value in dataclasses.asdict(Config()).items() if name not in ADDED}
     assert changed(older, Config()) == {}
     assert changed(older, Config(repeated_weight=2.0, mlp_bias=True)).keys() == {"repeated_weight", "mlp_bias"}
+
+
+def test_an_older_name_of_a_setting_is_read_from_checkpoints():
+    older = dataclasses.asdict(Config())
+    del older["repeated_weight"]
+    assert changed(older | {"mask_repeated": False}, Config()) == {}
+    assert changed(older | {"mask_repeated": True}, Config(repeated_weight=0.0)) == {}
+    assert changed(older | {"mask_repeated": True}, Config()) == {"repeated_weight": (0.0, 1.0)}
+    assert from_checkpoint(older | {"mask_repeated": False}) == ModelConfig()
 
 
 def test_help_names_every_field_in_under_a_second_and_without_torch():
