@@ -15,7 +15,8 @@ from runtime.curves import at_the_end, onset
 from runtime.plots import lines, panels, points, save
 
 CORPUS = ("frequency", "reliability", "predictable")  # the measures of paper.repetition
-NAMES = {"val_loss": "validation loss", "induction_max": "best induction head"} | {name: name for name in CORPUS}
+LOSSES = {"val_loss": "validation loss", "val_loss_new": "loss on new tokens", "val_loss_repeated": "loss on repeated tokens"}
+NAMES = LOSSES | {"induction_max": "best induction head"} | {name: name for name in CORPUS}
 
 
 def base(scale):
@@ -132,7 +133,7 @@ def end_of(kind: str, seeds) -> dict | None:
     if not seeds or any(kind not in rows[-1] for rows in seeds):
         return None
     found = summary(at_the_end(rows, kind) for rows in seeds)
-    if found["interval"] and kind != "val_loss":
+    if found["interval"] and kind not in LOSSES:
         found["interval"] = np.clip(found["interval"], 0, 1).tolist()  # all others are shares
     return found
 

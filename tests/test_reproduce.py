@@ -160,7 +160,7 @@ def test_a_scale_with_all_figures_is_interrupted_reported_resumed_and_reported_w
     )  # fmt: skip
     scale = Scale(
         "configs/tiny.py", settings, {2: 4, 4: 4}, (1e-3, 3e-3), (1, 2), {96: {2: 4}, 128: {2: 4}}, 0.3, samples=2,
-        warmups=(1, 2), repeats=(0, 0.3), copying="copy_token_top128", attention=0.3, seeds=1, base_seeds=2,
+        warmups=(1, 2), repeats=(0, 0.3), weights=(1, 4), copying="copy_token_top128", attention=0.3, seeds=1, base_seeds=2,
     )  # fmt: skip
     monkeypatch.setattr(reproduce.Runs, "folder", lambda self, variant, seed: tmp_path / "runs" / variant / f"seed{seed}")
     commands = []
@@ -375,6 +375,12 @@ def test_leaving_the_loss_of_repeated_targets_out_hinders_copying(tmp_path, monk
     how = {claim: verdict for claim, verdict, _ in result("m", data, tmp_path, TEXT)["claims"]}
     assert how["a weight of 0 for repeated targets makes copying come later (by attention)"] == HOLDS
     assert how["a weight of 0 for repeated targets lowers the final accuracy"] == HOLDS
+
+
+def test_the_interval_of_a_share_ends_at_one_and_that_of_a_loss_does_not():
+    three = [[{"step": 1, "tokens": 1, "copy_token_full": share, "val_loss_new": 4 + share}] for share in (0.9, 1.0, 0.7)]
+    share, loss = (shared.end_of(name, three)["interval"] for name in ("copy_token_full", "val_loss_new"))
+    assert share[1] == 1 and loss[1] > 5 and loss[0] == pytest.approx(4 + share[0])
 
 
 def test_a_verdict_without_an_interval_takes_three_seeds_that_agree_and_no_tie():
