@@ -145,8 +145,7 @@ class Config(ModelConfig):
 
     device: str = setting("auto", "auto, cuda, cuda:N, mps or cpu")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto",
-        "dtype of activations; auto: bf16 on GPUs that have it and CPUs where it is faster, fp16 on older GPUs, else fp32",
+        "auto", "dtype of activations; auto: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere"
     )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(

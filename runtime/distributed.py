@@ -5,7 +5,6 @@ import inspect
 import os
 import signal
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 
@@ -220,34 +219,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def pick_training_dtype(config: Config, world: World, checkpoint: dict) -> str:
-    """Returns the name of the dtype to train in. auto: that of the checkpoint to resume, if any; bf16 on a CPU on which it is
-    faster than fp32; else as pick_dtype does.
-    """
+    """Returns the name of the dtype to train in. auto: that of the checkpoint to resume, if any, else as pick_dtype does."""
     name = checkpoint.get("config", {}).get("dtype", "auto") if config.dtype == "auto" else config.dtype
-    if name == "auto" and world.device.type == "cpu" and world.any(world.rank == 0 and bf16_is_faster(config)):
-        return "bf16"
     dtype = pick_dtype(name, world.device)
     return next(name for name, value in DTYPES.items() if value == dtype)
-
-
-def bf16_is_faster(config: Config) -> bool:
-    """Returns whether this CPU has instructions for bf16 and is a tenth faster with them, which a second of one layer shows."""
-    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
-        return False
-
-    def passes(dtype) -> float:
-        """Returns how many forward and backward passes a second makes."""
-        x = torch.ones(min(config.micro_batch_size * config.seq_len, 1024), config.dim, dtype=dtype)
-        weight = torch.ones(2 * config.hidden_dim, config.dim, requires_grad=True)
-        count, started, seconds = -1, 0.0, 0.0  # the first pass is not counted
-        while seconds < 0.5:
-            torch.nn.functional.linear(x, weight.to(dtype)).sum().backward()
-            count += 1
-            started = started or time.perf_counter()
-            seconds = time.perf_counter() - started
-        return count / seconds
-
-    return passes(torch.bfloat16) > 1.1 * passes(torch.float32)
 
 
 def on_device(windows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
