@@ -352,7 +352,7 @@ def test_every_figure_can_be_drawn_from_any_of_its_variants_and_seeds(letter, tm
     ("letter", "named", "base", "low", "high", "treatment"),
     [
         ("l", shared.repeats(TEXT), "repeat 0", "0.02", "0.32", "a share of copies of {}"),
-        ("m", shared.weights(TEXT), "weight 1", "4", "10", "a weight of {} for repeated targets"),
+        ("m", shared.weights(TEXT), "weight 1", "40", "10", "a weight of {} for repeated targets"),
     ],
 )
 def test_a_dose_is_judged_by_what_it_does_to_copying(letter, named, base, low, high, treatment, tmp_path, monkeypatch):
