@@ -266,11 +266,10 @@ def update(
         ids = train_bin.windows(bins.window_indices(config.seed, position, micro, train_bin.n_windows))  # (micro, T+1)
         x, y = distributed.on_device(ids, world.device)  # (micro, T) each
         share = micro / per_rank
-        if (
-            config.repeated_weight != 1
-        ):  # what is left out counts as a loss of 0: the mean is the same for any split of the batch
-            y, kept = reweighted(ids, y, config.repeated_weight, uniform(config, position, micro))
-            share *= kept
+        if config.repeated_weight != 1:
+            chance = of_batch(config, position, micro, 2, lambda rng, size: rng.random((size, config.seq_len)))
+            y, kept = reweighted(ids, y, config.repeated_weight, chance)
+            share *= kept  # a target left out counts as a loss of 0: the mean is the same for any split of the batch
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:
@@ -291,15 +290,15 @@ def dropout_seeds(config: Config, start: int, count: int, device):
     """Returns a key per sequence, (count,) int64, that depends on its position in the run alone; None without dropout."""
     if not config.attn_dropout:
         return None
-    batch = start // config.batch_size
-    seeds = np.random.default_rng([config.seed, batch, 1]).integers(2**62, size=config.batch_size)
-    return torch.from_numpy(seeds[start % config.batch_size :][:count]).to(device)
+    return torch.from_numpy(of_batch(config, start, count, 1, lambda rng, size: rng.integers(2**62, size=size))).to(device)
 
 
-def uniform(config: Config, start: int, count: int) -> np.ndarray:
-    """Returns a number in [0, 1) for each target, (count, T), that depends on its position in the run alone."""
-    numbers = np.random.default_rng([config.seed, start // config.batch_size, 2]).random((config.batch_size, config.seq_len))
-    return numbers[start % config.batch_size :][:count]
+def of_batch(config: Config, start: int, count: int, stream: int, draw) -> np.ndarray:
+    """Returns the rows of sequences start .. start + count - 1 among those that draw(generator, batch_size) makes for their
+    batch. They depend on their position in the run alone; each use has a stream of its own.
+    """
+    rows = draw(np.random.default_rng([config.seed, start // config.batch_size, stream]), config.batch_size)
+    return rows[start % config.batch_size :][:count]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def updates(config, micro_step, steps=4):
 
 
 @needs_gpu
-@pytest.mark.parametrize("change", [{}, {"attn_dropout": 0.1}, {"repeated_weight": 0.0}, {"dtype": "fp16"}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"attn_dropout": 0.1}, {"repeated_weight": 4.0}, {"dtype": "fp16"}], ids=str)
 @pytest.mark.parametrize("ops", ["fused", "sdpa"])
 def test_a_graph_computes_what_the_kernels_compute_one_by_one(settings, ops, change):
     config = from_dict(settings | dict(dim=64, device="cuda", dtype="bf16", kernels=ops, compile="on") | change)

@@ -143,7 +143,7 @@ def test_measuring_does_not_change_training(settings, tmp_path):
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"attn_dropout": 0.2, "schedule": "cosine", "repeated_weight": 0.0}, {"optimizer": "muon"}],
+    [{}, {"attn_dropout": 0.2, "schedule": "cosine", "repeated_weight": 4.0}, {"optimizer": "muon"}],
     ids=["plain", "dropout", "muon"],
 )
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(settings, tmp_path, extra):
