@@ -102,6 +102,48 @@ def test_norm_weights_in_fp32_keep_the_dtype_of_the_activations(dtype):
     assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (dtype, dtype, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N, V", [(5, 30), (40, 65), (128, 700), (300, 5000), (1100, 1000)])  # one to nine chunks of rows
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_loss_and_its_gradients_equal_the_definition(N, V, dtype, ignored):
+    x, weight = randn(N, 24, dtype=dtype), (0.1 * randn(V, 24)).detach().to(dtype).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[1:][torch.rand(N - 1, generator=generator) < ignored] = -100
+    # Times 2^10, which keeps small gradients from underflow in fp16.
+    check(lambda ops, x, w: 1024 * ops.linear_cross_entropy(x, w, targets).to(x.dtype), [x, weight])
+
+
+def test_the_chunks_of_the_loss_add_up_in_fp32():
+    """65,536 rows in 512 chunks, each adding 2^-9 to a weight's gradient of up to 1: bf16 sums would stop at 0.5."""
+    x = torch.full((65536, 1), 2.0**-15, dtype=torch.bfloat16)
+    weight = torch.zeros(2**12, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = 65536 * sdpa.linear_cross_entropy(x, weight, torch.zeros(65536, dtype=torch.int64))
+    (dw,) = torch.autograd.grad(loss, weight)
+    exact = -65536 * 2.0**-15 * (1 - 2.0**-12)
+    assert abs(dw[0].item() - exact) <= torch.finfo(torch.bfloat16).eps / 2 * abs(exact)
+
+
+def test_the_loss_is_finite_where_the_target_is_impossible():
+    x, weight = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = sdpa.linear_cross_entropy(x, weight, torch.tensor([1]))
+    assert loss.item() == 600.0
+    dx, dw = torch.autograd.grad(loss, (x, weight))
+    assert dx.item() == 2.0 and dw.flatten().tolist() == [300.0, -300.0]
+
+
+def test_the_loss_is_the_same_with_and_without_gradients_and_has_no_second_derivative():
+    x, weight, targets = randn(300, 24), randn(5000, 24), torch.arange(300)
+    loss = sdpa.linear_cross_entropy(x, weight, targets)
+    with torch.no_grad():
+        torch.testing.assert_close(sdpa.linear_cross_entropy(x, weight, targets), loss.detach(), rtol=1e-6, atol=0)
+    once = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    again = torch.autograd.grad(2 * loss, (x, weight), retain_graph=True)
+    assert all(torch.equal(2 * a, b) for a, b in zip(once, again, strict=True))
+    with pytest.raises(RuntimeError, match="no second derivative: pass ops=kernels.eager"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 def test_all_op_sets_offer_the_same_functions():
     for name in sdpa.__all__:
         parameters = [list(inspect.signature(getattr(ops, name)).parameters) for ops in (sdpa, eager)]
