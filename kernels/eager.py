@@ -30,12 +30,11 @@ def rotary(q, k, cos, sin):
 
     q (B, T, H, Dh), k (B, T, Hkv, Dh); cos, sin (T, Dh/2) fp32, the rows of these T positions -> (q, k) rotated.
     """
-    cos = torch.cat((cos, cos), -1)[:, None]  # (T, 1, Dh)
-    sin = torch.cat((-sin, sin), -1)[:, None]  # (T, 1, Dh)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, Dh/2)
 
     def rotate(x):
-        h = _up(x)
-        return (h * cos + h.roll(h.shape[-1] // 2, -1) * sin).to(x.dtype)
+        a, b = _up(x).chunk(2, dim=-1)  # (B, T, H, Dh/2) each
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
     return rotate(q), rotate(k)
 
