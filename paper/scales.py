@@ -61,7 +61,7 @@ SCALES = {
         "configs/text.py",
         settings=dict(schedule="constant", max_steps=5000),
         batches={4: 5000, 8: 2500, 16: 1250, 32: 880}, rates=(1.5e-3, 3e-3, 6e-3), layers=(2, 4, 8),
-        grid={128: {4: 7000, 8: 3500, 16: 1750}, 256: {4: 5000, 8: 2500, 16: 1250}, 512: {4: 2500, 8: 1250, 16: 625}},
+        grid={128: {4: 7000, 8: 3500, 16: 1750}, 256: {4: 5000, 8: 2500, 16: 1250}, 512: {4: 2500, 8: 1250, 16: 875}},
         warmups=(100, 400, 1600), repeats=(0, 0.005, 0.02, 0.08, 0.32, 0.75), weights=(0, 1, 10, 40),
         copying="copy_token_top128", threshold=0.3, attention=0.3, samples=50, base_seeds=5,
     ),
