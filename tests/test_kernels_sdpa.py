@@ -115,7 +115,7 @@ def test_loss_and_its_gradients_equal_the_definition(N, V, dtype, ignored):
 
 
 def test_the_chunks_of_the_loss_add_up_in_fp32():
-    """65,536 rows in 512 chunks, each adding 2^-9 to a weight's gradient of up to 1: bf16 sums would stop at 0.5."""
+    """65,536 rows in 512 chunks, each adding 2^-8 to a weight's gradient of up to 2: bf16 sums would stop at 1."""
     x = torch.full((65536, 1), 2.0**-15, dtype=torch.bfloat16)
     weight = torch.zeros(2**12, 1, dtype=torch.bfloat16, requires_grad=True)
     loss = 65536 * sdpa.linear_cross_entropy(x, weight, torch.zeros(65536, dtype=torch.int64))
