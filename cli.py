@@ -1,6 +1,7 @@
 """Command lines: parsing arguments, and ending with one line and an exit status instead of a traceback."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import signal
@@ -65,6 +66,15 @@ def run_command(main, argv) -> int:
         if rank == "0" or not shared:
             print(message, file=sys.stderr, flush=True)
         return status
+
+
+@contextlib.contextmanager
+def quiet_pipe():
+    """Ends the block without an error if stdout is closed, as by `| head`."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # stdout is flushed once more at exit
 
 
 def exit_on_interrupt():

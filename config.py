@@ -217,7 +217,7 @@ def load(argv: list[str]) -> Config:
 
 def changed(then: dict, now: Config) -> dict[str, tuple]:
     """Returns the settings in which a checkpoint's config differs from `now`: name -> (value then, value now)."""
-    then = {f.name: f.default for f in dataclasses.fields(now) if f.name in ADDED - SHAPE} | _renamed(then)
+    then = {f.name: f.default for f in dataclasses.fields(now) if f.name in ADDED - SHAPE} | renamed(then)
     with contextlib.suppress(UserError):  # what is missing or of the wrong type differs anyway
         then = then | dataclasses.asdict(from_checkpoint({name: then[name] for name in SHAPE & then.keys()}))
     return {name: (then.get(name), value) for name, value in dataclasses.asdict(now).items() if then.get(name) != value}
@@ -257,14 +257,14 @@ def from_dict(values: dict, kind=Config):
 
 def from_checkpoint(values: dict) -> ModelConfig:
     """Returns the shape of a checkpoint's model, from its config, which must name all of it, as defaults may differ."""
-    for name in _renamed(values):
+    for name in renamed(values):
         _type(name)  # raises for an unknown one, which may change what the model computes
     if missing := sorted(SHAPE - ADDED - values.keys()):
         raise UserError(f"{missing[0]}: missing from its settings")
     return from_dict({name: values[name] for name in SHAPE & values.keys()}, ModelConfig)
 
 
-def _renamed(values: dict) -> dict:
+def renamed(values: dict) -> dict:
     """Returns the settings of a checkpoint by their present names. mask_repeated=True was repeated_weight=0."""
     values = dict(values)
     if "mask_repeated" in values:

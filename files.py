@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from errors import UserError
 
-# The first bytes of the files that the commands write, which alone they replace.
+# First bytes of each kind of output file. An existing file is replaced only if it begins with them, or is empty.
 BEGINNINGS = {
     ".json": b'[\n {\n  "path"', ".html": b"<!doctype html>", ".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"
 }  # fmt: skip
@@ -64,5 +64,5 @@ def check_output(option: str, file: str | Path, *suffixes: str):
     if path.exists():
         beginning = BEGINNINGS[path.suffix.lower()]
         with path.open("rb") as old:
-            if old.read(len(beginning)) != beginning:
+            if old.read(len(beginning)) not in (b"", beginning):
                 raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")

@@ -9,7 +9,7 @@ A continuation ends with its document, after --max_new_tokens, or where the mode
 
 import sys
 
-from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, quiet_pipe, raise_on_interrupt, run_command
 from errors import UserError, about
 
 if __name__ == "__main__":
@@ -64,7 +64,8 @@ def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str
     """Yields for each of `ids`, which come after the ids `before`, the text that it completes; then any trailing bytes that do
     not form a complete character.
 
-    A character of several ids comes with the last of them, and "" before. A sentencepiece model needs all ids to decode one.
+    A character that spans several ids is yielded with the last of them; the others yield "". A sentencepiece model needs all
+    ids to decode one.
     """
     seen = list(before)
     text = tokenizer.decode(seen)
@@ -81,8 +82,9 @@ def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str
 def stream(model: Llama, tokenizer: Tokenizer, text: str, n=200, temperature=0.0, top_k=0) -> Iterator[str]:
     """Yields the continuation of `text` piece by piece: up to n tokens, or to the end of the document or of the context."""
     ids = prompt_ids(model, tokenizer, text)
+    ends = tokenizer.special | {tokenizer.bos, tokenizer.eos}  # a Llama may have several ids that end a text
     new = model.generate(torch.tensor([ids], device=model.embed.weight.device), n, temperature, top_k)
-    new = itertools.takewhile(lambda i: i not in (tokenizer.bos, tokenizer.eos), (token.item() for token in new))
+    new = itertools.takewhile(lambda i: i not in ends, (token.item() for token in new))
     return decoded(tokenizer, new, ids)
 
 
@@ -120,7 +122,8 @@ def main(argv: list[str]) -> int:
     except UnicodeDecodeError:
         raise UserError("--prompt=-: the text on stdin is not valid UTF-8") from None
     torch.manual_seed(args.seed)
-    write_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k)
+    with quiet_pipe():
+        write_samples(model, tokenizer, prompt, args.num_samples, args.max_new_tokens, args.temperature, args.top_k)
     return 0
 
 

@@ -68,7 +68,8 @@ def train(config: Config, world: distributed.World) -> int:
         if run.is_done():
             world.say(f"{run.out} is at step {run.step} of {config.max_steps}: nothing left to do")
             return 0
-        begin = rundir.begin(run.out, run.config, run.resumed, run.step, run.kernels)
+        facts = {"op_set": run.kernels, "data_fingerprint": run.fingerprint}
+        begin = rundir.begin(run.out, run.config, run.resumed, run.step, facts)
         run.rows = world.on_rank_0(lambda: stack.enter_context(begin))
         return run.loop()
 

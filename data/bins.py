@@ -3,7 +3,7 @@
 nanoGPT's and llama2.c's bins are headerless like ours, llm.c's and modded-nanogpt's have a header. All are read as they are,
 also in many files, and without a meta.json.
 
-    python -m data.bins runs/tiny --step 1000     the batch of that step, as ids and as text
+    python -m data.bins runs/tiny --step=1000     the batch of that step, as ids and as text
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import Parser, run_command
-from config import from_dict
+from cli import Parser, quiet_pipe, run_command
+from config import from_dict, renamed
 from data.meta import BLOCK, SPLITS, TOKEN, load_meta, scan, write_meta
 from data.tokenizer import Ids, Tokenizer, load_tokenizer, tokenizer_to_meta
 from errors import RunFailed, UserError
@@ -210,24 +210,38 @@ def import_bins(folder: Path, tokenizer: Tokenizer | None, arguments: dict) -> d
     if highest >= tokenizer.size:
         raise UserError(f"{folder}: has token id {highest}, but {arguments['tokenizer']} has only {tokenizer.size} ids")
     details, small_files = tokenizer_to_meta(tokenizer)
+    for name, data in small_files.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != data:
+            raise UserError(f"{folder / name}: is another tokenizer; pass --tokenizer={folder / name}, or move the file away")
     details |= {"separator": "unknown: made elsewhere", "source": {"arguments": arguments}}
     return write_meta(folder, tokenizer.size, splits, counts["train"], details, small_files)
 
 
-def batch(run: Path, step: int):
-    """Returns the batch of a step of a run: its windows' numbers (B,), their ids (B, seq_len + 1), and the tokenizer."""
+def batch(run: Path, step: int, folder: str = ""):
+    """Returns the batch of a step of a run: its windows' numbers (B,), their ids (B, seq_len + 1), and the tokenizer.
+
+    folder: that of the data, where they are not at the path that the run was given. Raises UserError if they are others.
+    """
     path = run / "config.json"
     if not path.exists() or step < 1:
         raise UserError(f"{path} --step={step}: expected the directory of a run, which has that file, and a step from 1")
     try:
-        c = from_dict({name: value for name, value in dict(json.loads(path.read_bytes())).items() if name != "op_set"})
+        values = renamed(json.loads(path.read_bytes()))
+        values.pop("op_set", None)
+        trained_on = values.pop("data_fingerprint", None)  # older runs do not have it
+        c = from_dict(values)
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: not the settings of a run: {e}") from None
     if step > c.max_steps:
         raise UserError(f"--step={step}: the run has {c.max_steps} steps")
-    data = Bin(Path(c.data) / "train.bin", c.seq_len, c.vocab_size)
+    folder = folder or c.data
+    if not files(Path(folder) / "train.bin"):
+        raise UserError(f"{folder}/train.bin: not found from this folder; pass --data=FOLDER")
+    if trained_on not in (None, fingerprint(folder)):
+        raise UserError(f"{folder}: not the data that {run} was trained on; pass --data=FOLDER")
+    data = Bin(Path(folder) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
-    return windows, data.windows(windows), load_tokenizer(c.data, c.vocab_size)
+    return windows, data.windows(windows), load_tokenizer(folder, c.vocab_size)
 
 
 def show(argv: list[str]) -> int:
@@ -235,13 +249,13 @@ def show(argv: list[str]) -> int:
     parser = Parser(prog="python -m data.bins", description="Shows the exact batch of a step.")
     parser.add_argument("path", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, from 1")
+    parser.add_argument("--data", default="", metavar="FOLDER", help="the run's data (default: the path that it was given)")
     args = parser.parse_args(argv)
-    windows, ids, tokenizer = batch(args.path, args.step)
-    with contextlib.suppress(BrokenPipeError):
+    windows, ids, tokenizer = batch(args.path, args.step, args.data)
+    with quiet_pipe():
         for i, (window, row) in enumerate(zip(windows, ids.tolist(), strict=True)):
-            print(
-                f"sequence {i}, window {window}\nids  {' '.join(map(str, row))}\ntext {tokenizer.decode(row)!r}\n", flush=True
-            )
+            text = tokenizer.decode(row)
+            print(f"sequence {i}, window {window}\nids  {' '.join(map(str, row))}\ntext {text!r}\n", flush=True)
     return 0
 
 

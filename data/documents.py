@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from errors import UserError, require
 
+BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 LONG = 65536  # bytes; a longer file of plain text is cut into documents of about this length
 MAX_RECORD = 2**25  # bytes; a longer record is dropped, as its ids would fill the memory
 TOO_LONG = f"longer than {MAX_RECORD // 2**20} MiB"
@@ -79,9 +80,10 @@ def plain_text(path: str) -> Iterator[Document]:
 
     This way even a single file has parts to train on and parts to validate on.
     """
-    data = b""
-    start = 0  # of `data` in the text
     with open_file(path) as file:
+        data = file.read(len(BOM))
+        start = len(BOM) if data == BOM else 0  # of `data` in the file
+        data = data.removeprefix(BOM)
         while len(data := data + file.read(LONG + 1 - len(data))) > LONG:
             end = _boundary(data[:LONG])
             yield decoded(f"{file_name(path)}:{start}", data[:end])
@@ -130,7 +132,7 @@ def _parse(line: bytes, field: str) -> tuple[str | None, str]:
     if len(line.rstrip(b"\n")) > MAX_RECORD:
         return None, TOO_LONG
     try:
-        text = json.loads(line.decode())[field]
+        text = json.loads(line.decode("utf-8-sig"))[field]
         text.encode()  # JSON can spell half of a surrogate pair
         return text, ""
     except UnicodeError:
@@ -204,7 +206,7 @@ def _open(path: str) -> BinaryIO:
 
 
 def _datasets(name: str):
-    """Returns the package `datasets`, silenced: what goes wrong is said in one line."""
+    """Returns the package `datasets` with its logging and progress bars off; errors are reported in one line."""
     datasets = require("datasets", f"{name}: reading it", "data")
     datasets.disable_progress_bars()
     for library in ("datasets", "huggingface_hub"):

@@ -29,7 +29,7 @@ BATCH = 2**20  # characters of text in a batch, about; large enough that sending
 AHEAD = 3  # batches in flight per process, so that none waits
 SHORTEST = 20  # tokens in a passage that --repeat copies
 LONGEST = 100
-WITHIN = 300  # tokens of the original text between the begin of a passage and its copy, at most
+WITHIN = 300  # most tokens of the original text from the start of a passage to its copy
 
 
 class Batch(NamedTuple):

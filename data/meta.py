@@ -40,18 +40,19 @@ def load_meta(folder) -> dict | None:
     Datasets that were prepared before ids were counted have no `counts`.
     """
     path = Path(folder) / "meta.json"
+    damaged = UserError(f"{path}: damaged, or not of format {FORMAT} of data.prepare; remove the folder and prepare it again")
     try:
         meta = json.loads(path.read_bytes())
         sizes = [meta["splits"][split][name] for split in SPLITS for name in ("tokens", "docs", "bytes")]
-        assert meta["format"] == FORMAT and type(meta["tokenizer"]) is dict
-        assert all(type(size) is int for size in [meta["vocab_size"], *sizes])
-        assert meta["fingerprint"] == fingerprint(meta["splits"])
+        sound = meta["format"] == FORMAT and meta["fingerprint"] == fingerprint(meta["splits"])
+        sound &= type(meta["tokenizer"]) is dict
+        sound &= all(type(size) is int for size in [meta["vocab_size"], *sizes])
     except FileNotFoundError:
         return None
-    except (AssertionError, ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: damaged, or not of format {FORMAT} of data.prepare; remove the folder and prepare it again"
-        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise damaged from None
+    if not sound:
+        raise damaged
     return meta
 
 

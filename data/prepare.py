@@ -7,8 +7,8 @@
     python -m data.prepare from-bin data/fineweb10B --tokenizer=gpt2
     python -m data.prepare repeats --alphabet=64 --length=128
 
-Each document becomes bos and its ids, in train.bin or val.bin by a hash of its text: the choice depends on nothing else, so it
-stays the same when the source grows. Repeating a command whose dataset is there does nothing. Repeating one that was
+Each document becomes bos and its ids, in train.bin or val.bin by a hash of its text and --seed: it keeps its split when the
+source grows. Repeating a command whose dataset is there does nothing. Repeating one that was
 interrupted resumes it, and ends with the same bytes.
 """
 
@@ -37,13 +37,14 @@ from data.documents import Part
 from data.encode import Settings
 from data.meta import SPLITS, load_meta
 from data.sources import HELP, SOURCES
-from data.tokenizer import get_tokenizer, tokenizer_to_meta, train_bpe
+from data.tokenizer import KINDS, get_tokenizer, tokenizer_to_meta, train_bpe
 from data.tokenizer_kinds import Chars, SentencePiece, Tokenizer
 from data.writer import Writer, report, write_documents
 from errors import UserError
 from files import atomic_write
 
 BPE_CHARS = 10**9  # of text that the sample for training a tokenizer is drawn from, at most
+TOKEN_CHARS = 20  # of text read for it, at most, for each token that --tokens asks for
 # The options of sources without a tokenizer of their own, and those of all sources, with their defaults.
 TEXT = {"tokenizer": "bytes", "vocab_size": 0, "repeat": 0.0}
 COMMON = {"val_fraction": 0.01, "seed": 0}
@@ -112,7 +113,7 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
     command.add_argument("out", type=Path, metavar="FOLDER", help="folder that holds the bins")
     add_option(command, "tokenizer", "")
     for word in argv:
-        if not word or word.startswith("--") and word.endswith("="):
+        if not word or word.startswith("--") and word.find("=") == len(word) - 1:
             raise UserError(f"{word or 'an empty argument'}: has no value; is a shell variable unset?")
     args = vars(parser.parse_args(argv))
     out = args.pop("out")
@@ -153,11 +154,11 @@ def check(args: dict, out: Path, processes: int):
     elif size:
         raise UserError(f"--vocab_size={size}: {tokenizer} has its own; add --tokenizer=bpe, or leave it out")
     if tokenizer and Path(tokenizer).suffix:
-        args["tokenizer"] = str(Path(tokenizer).resolve())
+        args["tokenizer"] = os.path.abspath(tokenizer)
     if "paths" in args:
-        args["paths"] = [str(Path(path).resolve()) if Path(path).exists() else path for path in args["paths"]]
-    for path in map(Path, args.get("paths", [])):
-        if path in (out.resolve(), *out.resolve().parents):
+        args["paths"] = [os.path.abspath(path) if Path(path).exists() else path for path in args["paths"]]
+    for path in args.get("paths", []):
+        if Path(path).resolve() in (out.resolve(), *out.resolve().parents):
             raise UserError(f"--out={out}: lies in {path}, which is read as text; name a folder outside it")
 
 
@@ -175,14 +176,14 @@ def choose_tokenizer(args: dict) -> Tokenizer | None:
 def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:
     """Returns whether `out` holds this very dataset, complete. Raises UserError if it holds another, as none is overwritten."""
     meta = load_meta(out)
-    names = ("train.bin", "val.bin", "tokenizer.model", "tokenizer.tiktoken", "tokenizer.json")
+    names = ("train.bin", "val.bin", *(kind.file for kind in KINDS.values() if kind.file))
     found = [name for name in names if (out / name).exists()]
     if meta is None and not found or (out / ".partial/journal.json").exists():
         return False
     other = ""
     if meta is None:
         other = f"{found[0]} that data.prepare did not make"
-    elif meta["source"]["arguments"] != args:
+    elif not isinstance(source := meta.get("source"), dict) or source.get("arguments") != args:
         other = "a dataset made with other arguments"
     elif tokenizer and tokenizer_to_meta(tokenizer)[0]["tokenizer"] != meta["tokenizer"]:
         other = f"a dataset made with another {args['tokenizer']}"
@@ -205,10 +206,13 @@ def train_tokenizer(size: int, parts: list[Part], writer: Writer) -> Tokenizer:
 
 
 def training_texts(parts: list[Part]) -> Iterator[str]:
-    """Yields the texts of the parts, of a large source the first BPE_CHARS characters: of each group by its quota."""
+    """Yields the texts of the parts, of a large source the first BPE_CHARS characters: of each group by its quota.
+
+    Where --tokens sets a quota, no more of a group is read than about that many tokens take.
+    """
     quotas = {part.group: part.quota for part in parts}
     total = sum(quotas.values())
-    left = {group: BPE_CHARS * quota / total if total else BPE_CHARS for group, quota in quotas.items()}
+    left = {group: min(BPE_CHARS / total, TOKEN_CHARS) * quota if total else BPE_CHARS for group, quota in quotas.items()}
     for part in parts:
         documents = part.read(None) if left[part.group] > 0 else ()
         for document, _ in documents:

@@ -126,12 +126,19 @@ def _python(root: Path, skip) -> list[Part]:
 
 
 def _files(folder, skip=()) -> list[Path]:
-    """Returns the regular files below a folder by relative path, except hidden ones and those in folders named in skip."""
+    """Returns the regular files below a folder by relative path, except hidden ones and those in folders named in skip.
+
+    Links to folders are not followed. Raises UserError for a folder that cannot be read.
+    """
     found = []
-    for top, folders, names in os.walk(folder):
+    for top, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
         found += [Path(top, name) for name in names if not name.startswith(".")]
     return sorted(filter(Path.is_file, found), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _refuse(e: OSError):
+    raise UserError(f"{e.filename}: {e.strerror}; make it readable, or name the files to read")
 
 
 @source
@@ -176,8 +183,9 @@ def hf(paths, name="", split="train", revision="", field="text", tokens=0):
     if len(paths) == 1 and not (_kind(paths[0]) or "://" in paths[0] or Path(paths[0]).is_file()):
         options = {"name": name or None, "split": split, "revision": revision or None}
         return [Part(paths[0], functools.partial(rows, paths[0], paths[0], field, options), quota=tokens)]
-    if name or revision:
-        raise UserError(f"{'--name' if name else '--revision'}: {paths[0]} is a file, and only datasets of the hub have one")
+    for option, value in {"name": name, "revision": revision, "split": split.removeprefix("train")}.items():
+        if value:
+            raise UserError(f"--{option}: {paths[0]} is a file, and only datasets of the hub have one")
     return [file_part(path, _kind(path), field, "", tokens) for path in paths]
 
 

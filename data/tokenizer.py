@@ -25,6 +25,7 @@ FILES = {".model": SentencePiece, ".tiktoken": Tiktoken, ".json": TokenizerJson}
 ENCODINGS = ("gpt2", "r50k_base", "p50k_base")  # of tiktoken: those that split text as GPT-2 does, and fit uint16
 CHOICES = "bytes, bpe, a .model file of sentencepiece, a tokenizer.json of Hugging Face, a .tiktoken file of ranks, or "
 CHOICES += ", ".join(ENCODINGS)
+LEAST_IDS = 300  # of a BPE that is trained here
 SAMPLE_BYTES = 20_000_000  # of text to train a BPE on: more changes the tokenizer little and takes longer
 PIECE_CHARS = 65536  # the sample is drawn in pieces of this many characters
 
@@ -137,8 +138,9 @@ def train_bpe(texts, vocab_size: int) -> bytes:
     """
     import sentencepiece
 
-    if not 300 <= vocab_size <= 65536:
-        raise UserError(f"--vocab_size={vocab_size}: a bpe vocabulary has 300 to 65536 ids, 259 of them bytes and specials")
+    if not LEAST_IDS <= vocab_size <= MAX_VOCAB:
+        allowed = f"{LEAST_IDS} to {MAX_VOCAB} ids, 259 of them bytes and specials"
+        raise UserError(f"--vocab_size={vocab_size}: a bpe vocabulary has {allowed}")
     model = io.BytesIO()
     lines = [line for piece in _sample(texts) for line in piece.split("\n") if line]
     if not lines:
@@ -165,10 +167,16 @@ def train_bpe(texts, vocab_size: int) -> bytes:
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError as e:  # it names the lowest or highest size that this text allows
+    except RuntimeError as e:
         reason = " ".join(str(e).split("] ")[-1].split())
-        reason = re.sub(" or decrease character_coverage .*? option", "", reason)  # which is no option here
-        raise UserError(f"--vocab_size={vocab_size}: {reason} Or pass --tokenizer=bytes") from None
+        if (most := re.search(r"value <= (\d+)", reason)) and int(most[1]) >= LEAST_IDS:
+            remedy = f"this text allows at most {most[1]} ids; pass --vocab_size={most[1]}, or --tokenizer=bytes"
+        elif most:
+            remedy = "there is too little text for a bpe; pass --tokenizer=bytes"
+        else:
+            reason = re.sub(" or decrease character_coverage .*? option", "", reason)  # which is no option here
+            remedy = f"{reason} Or pass --tokenizer=bytes"
+        raise UserError(f"--vocab_size={vocab_size}: {remedy}") from None
     return model.getvalue()
 
 

@@ -42,7 +42,7 @@ class TokenizerJson(Tokenizer):
     def named_in(values: dict) -> dict:
         """Returns bos, eos and vocab_size as config.json names them. Raises UserError for ids that the model lacks."""
         bos, eos = values.get("bos_token_id", 1), values.get("eos_token_id", 2)  # the defaults of LlamaConfig
-        eos = eos[0] if isinstance(eos, list) and eos else eos  # any of several ends a text
+        eos = eos[0] if isinstance(eos, list) and eos else eos  # of several, all of which are special
         size = values.get("vocab_size")
         if type(size) is not int or any(i is not None and (type(i) is not int or not 0 <= i < size) for i in (bos, eos)):
             ids = f"bos_token_id={json.dumps(bos)}, eos_token_id={json.dumps(eos)}"

@@ -20,7 +20,7 @@ class Tokenizer:
 
     size: number of ids
     bos, eos: the ids that begin and end a document, or None
-    special: the ids that stand for no text; decode skips them, and ids beyond size that a padded model may draw
+    special: the ids that have no text. decode skips these, and ids >= size, which a model with a padded vocabulary may generate
     lossless: False if the model's normaliser alters most text, not only text that holds something rare
     file: the name of the file beside the bins whose bytes are `model`, or None if there is no such file
     counts: (size,) int64, how often each id occurs in the training data; None if unknown
@@ -179,8 +179,8 @@ class SentencePiece(Tokenizer):
 class Tiktoken(Tokenizer):
     """GPT-2's byte-level BPE, from the bytes of a ranks file: a token in base64, a space and its rank on each line.
 
-    Text is split into words by GPT-2's pattern, which a ranks file does not name. bos is <|endoftext|>: the one id that is no
-    rank (50256, which in gpt2 follows the last rank, and in p50k_base lies among them). It marks the border between two
+    Text is split into words by GPT-2's pattern, which a ranks file does not name. bos is <|endoftext|>: the only id
+    that is not a rank (50256, which follows the last rank in gpt2 and lies between ranks in p50k_base). It separates
     documents, so there is no eos. Text that reads <|endoftext|> is text like any other.
     """
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from config import ModelConfig, from_checkpoint, from_dict
+from data.tokenizer import KINDS
 from data.tokenizer_json import TokenizerJson
 from data.tokenizer_kinds import SentencePiece
-from errors import UserError, about, first_line, require
+from errors import RunFailed, UserError, about, first_line, require
 from hf import tokenizer as hf_tokenizer
 from runtime import checkpoint
 
@@ -42,7 +43,6 @@ LLAMA3 = {
 ROPE = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": LLAMA3}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix if the embeddings are tied
 OUR_TOKENIZER = "copyllama_tokenizer"  # in config.json: the state of data.tokenizer without its file
-TOKENIZER_FILES = {"sentencepiece": "tokenizer.model", "tokenizers": "tokenizer.json", "tiktoken": "tokenizer.tiktoken"}
 
 
 def load(path) -> dict:
@@ -87,13 +87,16 @@ def write(folder, state: dict, tokenizer) -> bool:
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         aside.mkdir(parents=True)
-        safetensors = require("safetensors.torch", "a Hugging Face folder", "hf")
-        safetensors.save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        safetensors = require("safetensors", "a Hugging Face folder", "hf")
+        try:
+            require("safetensors.torch", "a Hugging Face folder", "hf").save_file(weights, aside / WEIGHTS, {"format": "pt"})
+        except safetensors.SafetensorError as e:  # as on a full disk
+            raise RunFailed(f"{folder}: {first_line(e)}; make room, then run the same command again") from None
         (aside / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
         for name, text in (tokenizer_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
-        if tokenizer.kind in TOKENIZER_FILES:
-            (aside / TOKENIZER_FILES[tokenizer.kind]).write_bytes(tokenizer.model)
+        if tokenizer.file:
+            (aside / tokenizer.file).write_bytes(tokenizer.model)
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
         aside.rename(folder)
@@ -199,7 +202,7 @@ def _tokenizer(folder: Path, values: dict, config: ModelConfig) -> dict:
     for state in [{"kind": "sentencepiece"}, theirs] if ours is None else [ours]:
         if not isinstance(state, dict) or not isinstance(state.get("kind"), str):
             raise UserError(f"{folder / 'config.json'}: {OUR_TOKENIZER}={json.dumps(state)} names no tokenizer")
-        file = TOKENIZER_FILES.get(state["kind"])
+        file = getattr(KINDS.get(state["kind"]), "file", None)
         if file is None:
             return state
         if (folder / file).is_file():

@@ -104,9 +104,9 @@ def was_stopped(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def begin(path: Path, config: Config, resumed: Path | None, step: int, op_set: str) -> metrics.Metrics:
-    """Writes config.json, the settings and the op set in use; opens metrics.jsonl, with its rows up to `step`, and the logger
-    that config.log_to names.
+def begin(path: Path, config: Config, resumed: Path | None, step: int, facts: dict[str, str]) -> metrics.Metrics:
+    """Writes config.json, the settings with `facts` added; opens metrics.jsonl, with its rows up to `step`, and the logger that
+    config.log_to names.
 
     resumed: the checkpoint that the run resumes at `step`. What lies here and is not part of the run's history is moved into
     previous-<n> first: everything if the run is new or its checkpoint lies elsewhere; later checkpoints, with a copy of the
@@ -134,6 +134,6 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, op_set: s
         print(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     record(path, "begun")
     rows = metrics.Metrics(path / "metrics.jsonl", step)
-    atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | {"op_set": op_set}, indent=2) + "\n")
+    atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | facts, indent=2) + "\n")
     with loggers.opened(path, config, step, rows.before) as rows.log:
         yield rows

@@ -44,6 +44,15 @@ def test_every_line_is_a_document(tmp_path, suffix):
     assert texts(path) == TEXTS * 2
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + LINES)
+    assert texts(path) == TEXTS
+    for text in ("", "x", "text\n" * 20_000):
+        path.write_text(text, encoding="utf-8-sig", newline="")
+        assert "".join(d.text for d in read_text(path)) == text
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_members_and_frames_follow_one_another(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"

@@ -91,6 +91,15 @@ def test_the_tokenizer_lies_beside_them_or_is_unknown(folder, tmp_path):
     assert json.loads((folder / "meta.json").read_text())["tokenizer"] == {"kind": "ids", "size": 257}
 
 
+def test_another_tokenizer_beside_them_is_not_overwritten(folder, tmp_path):
+    folder, _ = folder
+    (tmp_path / "gpt.tiktoken").write_bytes(ranks(TOKENS))
+    (folder / "tokenizer.tiktoken").write_text("mine")
+    with pytest.raises(UserError, match="tokenizer.tiktoken: is another tokenizer; pass --tokenizer=.*, or move the file away"):
+        prepare(["from-bin", str(folder), f"--tokenizer={tmp_path / 'gpt.tiktoken'}"])
+    assert (folder / "tokenizer.tiktoken").read_text() == "mine" and not (folder / "meta.json").exists()
+
+
 def test_what_is_no_dataset_is_refused_and_nothing_written(tmp_path):
     def refused(message, *argv):
         before = sorted(tmp_path.iterdir())

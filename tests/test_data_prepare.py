@@ -254,6 +254,7 @@ def test_a_source_takes_its_own_options_only():
     for argv in (["text", ""], ["text", "a", "--out="], ["text", "a", "--out", ""], ["text", "a", "--tokenizer="]):
         with pytest.raises(UserError, match="has no value; is a shell variable unset"):
             parse(argv)
+    assert parse(["redpajama", "--tokens=9", "--urls=https://host/list?sig=abc="])[0]["urls"].endswith("abc=")
     with pytest.raises(UserError, match="a: unexpected argument; name files before the options"):
         parse(["text", "b", "--seed=1", "a"])
     with pytest.raises(UserError, match="--tokenizer=bpe: is trained on text"):
@@ -493,8 +494,10 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_large_source_each_group_by
         return Part(name, numbered(lambda: (Document("", name * 100) for _ in itertools.count())), None, group, quota)
 
     monkeypatch.setattr("data.prepare.BPE_CHARS", 40_000)
-    read = list(training_texts([part("a", "x", 1), part("b", "x", 1), part("c", "y", 3)]))
+    read = list(training_texts([part("a", "x", 10_000), part("b", "x", 10_000), part("c", "y", 30_000)]))
     assert Counter(text[0] for text in read) == {"a": 100, "c": 300}
+    read = list(training_texts([part("a", "x", 100), part("c", "y", 300)]))  # --tokens=400: 20 characters for each
+    assert Counter(text[0] for text in read) == {"a": 20, "c": 60}
 
 
 def test_a_tokenizer_that_changed_under_a_dataset_is_seen(folder, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data import sources
+from data.prepare import parse
 from errors import UserError
 from tests.test_data_prepare import texts
 
@@ -46,6 +47,29 @@ def test_a_named_file_is_read_even_if_hidden_and_a_missing_one_is_named(tmp_path
     assert texts(sources.text([tmp_path / ".hidden", tmp_path / "latin.txt"])) == ["hidden", None]
     with pytest.raises(UserError, match="nowhere.txt: no such file"):
         sources.text([tmp_path / "nowhere.txt"])
+
+
+def test_a_link_is_read_by_its_own_name(tmp_path):
+    """As in the cache of the hub, whose files are links to others without a suffix."""
+    (tmp_path / "3f2a").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "train.jsonl").symlink_to("3f2a")
+    args, _, _ = parse(["text", str(tmp_path / "train.jsonl"), f"--out={tmp_path / 'out'}"])
+    assert texts(sources.text(args["paths"])) == ["one", "two"]
+    (tmp_path / "folder").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="lies in .*folder, which is read as text"):
+        parse(["text", str(tmp_path / "folder"), f"--out={tmp_path / 'out'}"])
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="gone: No such file or directory; make it readable"):
+        sources._files(tmp_path / "gone")
+
+
+def test_options_of_the_hub_are_refused_for_a_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    for option in ({"name": "x"}, {"revision": "x"}, {"split": "validation"}):
+        with pytest.raises(UserError, match=f"--{next(iter(option))}: .*a.jsonl is a file, and only datasets of the hub"):
+            sources.hf([str(tmp_path / "a.jsonl")], **option)
 
 
 def test_the_standard_library_is_some_hundred_files_in_a_stable_order():

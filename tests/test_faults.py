@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import random
 import signal
@@ -595,6 +596,16 @@ def test_the_batch_viewer_shows_what_the_run_trained_on(settings, capsys):
     assert bins.show([settings["out_dir"], "--step=2"]) == 0
     text = capsys.readouterr().out
     assert f"sequence 7, window {seen[1][0][7]}" in text and " ".join(map(str, seen[1][1][7])) in text
+    path = Path(settings["out_dir"]) / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"data": "elsewhere", "mask_repeated": False}))  # as older runs have it
+    with pytest.raises(UserError, match="elsewhere/train.bin: not found from this folder; pass --data=FOLDER"):
+        bins.show([settings["out_dir"], "--step=2"])
+    assert bins.show([settings["out_dir"], "--step=2", f"--data={settings['data']}"]) == 0
+    assert capsys.readouterr().out == text
+    path.write_text(json.dumps(values | {"data_fingerprint": "00"}))
+    with pytest.raises(UserError, match="not the data that .* was trained on"):
+        bins.show([settings["out_dir"], "--step=2"])
     for wrong in ([settings["out_dir"], "--step=0"], [settings["data"], "--step=1"]):
         with pytest.raises(UserError, match="expected the directory of a run"):
             bins.show(wrong)

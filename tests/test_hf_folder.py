@@ -559,6 +559,17 @@ def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsy
         m.setattr(huggingface, "_config_json", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_command(export.main, [path, str(out)])
+    safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed: no folder can be written")
+
+    def full(*_):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)\n...")
+
+    with monkeypatch.context() as m:
+        m.setattr("safetensors.torch.save_file", full)
+        assert run_command(export.main, [path, str(out)]) == 4
+    assert capsys.readouterr().err.endswith(
+        "No space left on device (os error 28); make room, then run the same command again\n"
+    )
     assert list((tmp_path / "new").iterdir()) == []
     out.mkdir()
     assert run_command(export.main, [path, str(out)]) == 0 and "LlamaForCausalLM.from_pretrained" in capsys.readouterr().out

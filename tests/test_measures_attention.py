@@ -136,6 +136,7 @@ def test_the_command_writes_the_page_and_replaces_only_a_page(tmp_path, capsys):
     tokenizer = Chars(20)
     save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
     file = tmp_path / "page.html"
+    file.touch()  # an empty file, as mktemp makes, is no loss
     for _ in range(2):
         assert eval_copy.main([str(tmp_path), "--attention", "abcabc", str(file)]) == 0
         assert capsys.readouterr().out == f"page: {file}\n" and '["<bos>", "a", "b"'.replace("<", "\\u003c") in file.read_text()

@@ -67,12 +67,14 @@ def test_bytes_that_are_no_character_come_once_it_is_certain_that_they_are_none(
     assert list(sample.decoded(Bytes(), broken[:1] + zhong)) == ["", "", "", "\ufffd中", ""]
 
 
-@pytest.mark.parametrize("end", ["bos", "eos"])
+@pytest.mark.parametrize("end", ["bos", "eos", "another special token"])
 def test_a_continuation_ends_with_the_document(end):
     tokenizer = Bytes()
     if end == "eos":
         tokenizer.eos = 10
-    stop = getattr(tokenizer, end)
+    elif end != "bos":
+        tokenizer.special = {256, 11}
+    stop = getattr(tokenizer, end, 11)
     assert "".join(sample.stream(generating([*b"abc", stop, *b"def"]), tokenizer, "x")) == "abc"
     assert "".join(sample.stream(generating(b"abcdef"), tokenizer, "x", n=4)) == "abcd"
 
