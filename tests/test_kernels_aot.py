@@ -1,7 +1,7 @@
 """What the compiler makes of each kernel at the training shapes: B = 64, T = 1024, 12 heads of 64, F = 3072, V = 32000.
 
 No GPU is needed. A process of its own compiles (this one may have Triton's interpreter on): `python -m tests.test_kernels_aot
-[capability] [head dim] [odd | gqa]` prints the table that docs/speed.md records. For another Triton, install it into a folder
+[capability] [head dim] [odd | gqa]` prints the table that docs/kernels.md records. For another Triton, install it into a folder
 (`pip install --no-deps --target=DIR triton==3.6.0`) and set PYTHONPATH=DIR, for this command or for pytest.
 Shared memory per multiprocessor: CUDA programming guide, compute capabilities.
 """
