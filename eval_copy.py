@@ -153,13 +153,13 @@ def evaluate(path, args: argparse.Namespace) -> dict:
     scores = measure(model, tokenizer, make_tests(tokenizer, seq_len, samples, args.alphabet, text))
     result |= scores | {"heads": {name: values.tolist() for name, values in scores["heads"].items()}}
     if val:
-        windows = val.windows(bins.order(0, 0, val.n_windows)[: affordable(model, seq_len, most=64, share=2)])
+        windows = val.windows(bins.order(0, 0, val.n_windows)[: affordable(model, seq_len, most=1000, share=2)])
         result["positions"] = context.position_scores(model, windows)
     ids, bos = vocabulary(tokenizer).ids, tokenizer.bos
     if args.ablate:
         name = next(iter(scores["copy"]))
         (test,) = make_tests(tokenizer, seq_len, min(samples, 100), [name], text).values()
-        held_out = (windows, validation.repeated(windows)) if val else None
+        held_out = (windows[:64], validation.repeated(windows[:64])) if val else None
         ranking = scores["heads"]["score_mended"]
         result["ablation"] = {"alphabet": name, "samples": len(test.sequences)}
         result["ablation"] |= ablation.scores_without_heads(model, test, ranking, args.ablate, ids, held_out)
@@ -179,6 +179,8 @@ def open_held_out(folder: str, seq_len: int, model: Llama, tokenizer: Tokenizer)
 
 def over_steps(run: Path, args: argparse.Namespace):
     """Adds a row to a run's measures.jsonl for each of its checkpoints, milestones included, that has none there yet."""
+    if run.is_file():
+        raise UserError(f"{run}: --over_steps takes a run directory; pass {run.parent}")
     file = run / "measures.jsonl"
     rows = {row["step"]: row for row in metrics.read(file)} if file.exists() else {}
     found = checkpoint.by_step(run, "milestone") | checkpoint.by_step(run)
@@ -239,8 +241,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--samples={args.samples}: expected 1 or more")
     if args.context < 0:
         parser.error(f"--context={args.context}: expected 0 or more")
-    if args.over_steps and (unused := [name for name in ("ablate", "data", "json", "plot") if getattr(args, name)]):
+    unused = [name for name in ("ablate", "data", "json", "plot") if getattr(args, name)]
+    if args.over_steps and unused:
         parser.error(f"--over_steps writes measures.jsonl alone; leave out --{unused[0]}")
+    if args.over_steps and "text" in (args.alphabet or ()):
+        parser.error("--over_steps has no held-out text; leave out --alphabet=text")
+    if (args.prompt is not None or args.attention) and unused:
+        parser.error(f"--prompt and --attention measure nothing; leave out --{unused[0]}")
     if len(args.paths) > 1 and (args.prompt is not None or args.attention):
         parser.error(f"{args.paths[1]}: --prompt and --attention take one model")
     return args

@@ -53,9 +53,11 @@ def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError:  # a command line holds each byte that is not UTF-8 as half of a surrogate pair
-        raise UserError("--prompt: the text is not valid UTF-8") from None
+        raise UserError("prompt: the text is not valid UTF-8") from None
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + (list(map(int, tokenizer.encode(text))) if text else [])
-    if not ids or len(ids) >= model.config.seq_len:
+    if not ids:
+        raise UserError("a prompt of 0 tokens cannot be continued; pass --prompt")
+    if len(ids) >= model.config.seq_len:
         raise UserError(f"prompt of {len(ids)} tokens: this model's context takes 1 to {model.config.seq_len - 1}")
     return ids
 

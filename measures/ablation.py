@@ -65,14 +65,12 @@ def head_means(model: Llama, tokens) -> torch.Tensor:
 
 def ablation_curve(model: Llama, score_fn, ranking, ks, means=None, seed=0, controls=3) -> dict:
     """Calls score_fn(model) without the k highest heads of `ranking` (n_layers, n_heads), for each k of `ks`, and without
-    `controls` random sets of k others, as `matched` draws them.
+    up to `controls` different sets of k others, as `matched` draws them.
 
     Returns {"heads": [[layer, head], ...], "k": [...], "top": [...], "random": [[...], ...]}: the heads, highest first, as many
     as the largest k; then for each k the score, and the scores of the random sets ([] where there is none).
     """
-    ranking = np.asarray(ranking)
-    order = np.argsort(-ranking, axis=None, kind="stable")
-    order = [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(order, ranking.shape), strict=True)]
+    order = best_first(ranking)
 
     def score(heads):
         with removed(model, heads, means):
@@ -80,11 +78,21 @@ def ablation_curve(model: Llama, score_fn, ranking, ks, means=None, seed=0, cont
 
     result = {"heads": [list(head) for head in order[: max(ks)]], "k": list(ks), "top": [], "random": []}
     for k in ks:
-        draws = [matched(order[:k], ranking.shape, (seed, k, c)) for c in range(controls)]
-        top = score(order[:k])
-        result["top"].append(top)
-        result["random"].append([score(heads) if k else top for heads in draws if heads is not None])
+        result["top"].append(score(order[:k]))
+        result["random"].append([score(heads) for heads in other_sets(order[:k], np.shape(ranking), seed, controls)])
     return result
+
+
+def best_first(ranking) -> list[tuple[int, int]]:
+    """Returns the heads by their value in ranking (n_layers, n_heads), the highest first."""
+    order = np.argsort(-np.asarray(ranking), axis=None, kind="stable")
+    return [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(order, np.shape(ranking)), strict=True)]
+
+
+def other_sets(top, shape, seed=0, controls=3) -> list[tuple]:
+    """Returns the different sets among `controls` draws of `matched`."""
+    draws = (matched(top, shape, (seed, len(top), c)) for c in range(controls if top else 0))
+    return [heads for heads in dict.fromkeys(draws) if heads]
 
 
 def scores_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how: str, ids: np.ndarray, text=None) -> dict:
@@ -109,11 +117,12 @@ def scores_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how:
             found |= {name: float(losses[kind].mean()) for name, kind in kinds.items() if kind.any()}
         return found
 
-    with progress(model, sum(1 + 3 * (k > 0) for k in ks) * (test.cost() + (text[1].size if text else 0)), "ablation"):
+    passes = sum(1 + len(other_sets(best_first(ranking)[:k], ranking.shape)) for k in ks)
+    with progress(model, passes * (test.cost() + (text[1].size if text else 0)), "ablation"):
         return ablation_curve(model, scores, ranking, ks, means)
 
 
-def matched(top, shape, seed) -> list[tuple[int, int]] | None:
+def matched(top, shape, seed) -> tuple[tuple[int, int], ...] | None:
     """Draws as many random heads as `top` has, none of them in it, and as many of each layer (Crosbie & Shutova 2024).
 
     Where a layer has too few others, heads of other layers take their place; None where more than half of all heads are in
@@ -129,4 +138,4 @@ def matched(top, shape, seed) -> list[tuple[int, int]] | None:
         wanted = H - len(others)
         drawn += [others[i] for i in rng.permutation(len(others))[:wanted]]
     left = [(layer, head) for layer in range(L) for head in range(H) if (layer, head) not in taken.union(drawn)]
-    return sorted(drawn + [left[i] for i in rng.permutation(len(left))[: len(taken) - len(drawn)]])
+    return tuple(sorted(drawn + [left[i] for i in rng.permutation(len(left))[: len(taken) - len(drawn)]]))

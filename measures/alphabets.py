@@ -39,7 +39,8 @@ def alphabet(vocabulary: Vocabulary, name: str) -> np.ndarray:
     full     all ids but special ones
     hex16    the characters 0-9a-f (the paper's Figure 1), or 16 random ids where the vocabulary lacks them
     N        N random ids, always the same
-    topN     the N most frequent ids of the training data
+    topN     the N most frequent ids of the training data, in the order of ids: where two datasets have the same ones, models
+             are asked the same questions
     freq     each id as many times as it occurs in a million training tokens
     seen     ids that are not RARE in the training data
     """
@@ -60,4 +61,4 @@ def alphabet(vocabulary: Vocabulary, name: str) -> np.ndarray:
         raise UserError(f"alphabet={name}: {missing}; use full, hex16 or a number of random ids")
     if name == "freq":
         return np.repeat(ids, np.rint(shares * 1e6).astype(int))
-    return ids[shares >= RARE] if name == "seen" else ids[np.argsort(-shares, kind="stable")[:n]]
+    return ids[shares >= RARE] if name == "seen" else np.sort(ids[np.argsort(-shares, kind="stable")[:n]])

@@ -47,11 +47,17 @@ def position_scores(model: Llama, windows: np.ndarray) -> dict:
 
     loss: a list (T,) whose [t] is the mean loss of the predictions made with t + 1 tokens in view
     icl_50_500, icl_50_1000: the in-context learning score, the loss at position 500 (1000) of the context, counted from 1,
-    minus that at 50: below 0 where the model uses the context between. None where the context is shorter.
+    minus that at 50, and its standard error over windows: below 0 where the model uses the context between. None where the
+    context is shorter.
     """
     with progress(model, windows[:, 1:].size, "held-out text"):
-        loss = token_losses(model, windows).mean(0).tolist()
-    return {f"icl_50_{late}": loss[late - 1] - loss[49] if len(loss) >= late else None for late in (500, 1000)} | {"loss": loss}
+        losses = token_losses(model, windows)  # (B, T)
+    scores = {}
+    for late in (500, 1000):
+        gains = losses[:, late - 1 : late] - losses[:, 49:50]  # (B, 1), or (B, 0) where the context is shorter
+        error = gains.std(ddof=1) / len(gains) ** 0.5 if gains.size > 1 else float("nan")
+        scores[f"icl_50_{late}"] = [float(gains.mean()), float(error)] if gains.size else None
+    return scores | {"loss": losses.mean(0).tolist()}
 
 
 def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, seed: int = 0) -> dict[str, float]:

@@ -59,7 +59,7 @@ def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, pass
     n = min(SEQUENCES, (seq_len - lead + 1) // LENGTH - 1)
     if n < 2:
         least = lead + 3 * LENGTH - 1
-        raise UserError(f"seq_len={seq_len}: too short for the copy test, which takes {least} tokens at least")
+        raise UserError(f"a context of {seq_len} tokens is too short for the copy test, which takes {least} at least")
     too_few = UserError(f"{len(ids)} tokens to draw from: too few for {n} sequences with different prefixes and suffixes")
     rng = np.random.default_rng([seed, len(ids)])
     if passages:

@@ -56,12 +56,12 @@ def _predicted_numbers(ids: list[np.ndarray], tokens: np.ndarray, missing: int) 
 def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     """Compares a model's predictions with the baselines of k = 1 to 4.
 
-    ceiling: the exact match that the baseline is expected to score, by k.
+    ceiling: the exact match that the baseline is expected to score, by k. It is no upper bound: continuing with the most
+    frequent of the tokens that followed scores more.
     uses: whether the model's predictions depend on the k-th last token, by k, measured where the baseline of k has fewer tokens
     to choose from than that of k - 1: among the predictions that the latter could make, the share that the former could make
     too, corrected for chance. 0 for a model that uses k - 1 tokens, 1 for one that uses k or more. None where fewer than
     INFORMATIVE predictions tell.
-    like: the largest k up to which all uses are above one half.
     """
     context, ids = numbered(test)
     samples = len(context)
@@ -86,5 +86,4 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     return {
         "ceiling": dict(zip(K, chance.mean((0, 2)).tolist(), strict=True)),
         "uses": {k: None if u is None else float(u) for k, u in zip(K, uses, strict=True)},
-        "like": next((k - 1 for k, u in zip(K, uses, strict=True) if u is None or u < 0.5), K[-1]),
     }

@@ -36,8 +36,8 @@ def _copying(copy: dict) -> list[str]:
         numbers = "".join(f"{x:8.3f}" for x in (c["token"], c["first"], -c["logprob"], -c["logprob_unseen"]))
         lines.append(f"  {title:<19}{c['exact']:11.3f}{interval:>18}{numbers}   {c['questions']}")
     lines += [
-        f"  each: share of single tokens right; first: of the first of the {SUFFIX}; loss: nats per token; new: the loss when",
-        "  the sequence came for the first time and could not be copied; questions: equal if models were asked the same",
+        f"  each: share of single tokens right; first: of the first of the {SUFFIX}; loss: nats per token; new: loss at the",
+        "  sequence's first occurrence, where it cannot be copied; questions: a hash, equal if models were asked the same",
     ]
     for name, c in copy.items():
         if c["untrained"] and c["untrained"][1]:
@@ -52,14 +52,14 @@ def _kgrams(copy: dict) -> list[str]:
     header = "".join(f"  k = {k}" for k in K)
     lines = [
         "k-gram baseline: finds where the last k tokens occurred before, and continues with what followed. Use by the model:",
-        "whether its predictions depend on the k-th last token (0: as by chance, 1: always), and the closest baseline.",
+        "whether its predictions depend on the k-th last token (0: as by chance, 1: always).",
         f"  {'alphabet':<19}{f'all {SUFFIX} right, baseline':<31}use by the model",
-        f"  {'':<17}{header:<31}{header}   like",
+        f"  {'':<17}{header:<31}{header}",
     ]
     for name, c in copy.items():
         ceilings = "".join(f"{c['kgram']['ceiling'][k]:7.3f}" for k in K)
         uses = "".join(f"{'-' if (use := c['kgram']['uses'][k]) is None else f'{use:.2f}':>7}" for k in K)
-        lines.append(f"  {name:<17}{ceilings:<31}{uses}   k = {c['kgram']['like']}")
+        lines.append(f"  {name:<17}{ceilings:<31}{uses}")
     return lines
 
 
@@ -87,7 +87,11 @@ def _context(result: dict) -> list[str]:
         loss = positions["loss"]
         at = [i for i in (1, 10, 50, 100, 500, 1000, len(loss)) if i <= len(loss)]
         lines.append(_row("loss on held-out text, by position", (f"{i:,}: {loss[i - 1]:.3f}" for i in at)))
-        late = [f"({n}) - (50): {x:+.3f}" for n in (500, 1000) if (x := positions[f"icl_50_{n}"]) is not None]
+        late = [
+            "({}) - (50): {:+.3f} (standard error {:.3f})".format(n, *x)
+            for n in (500, 1000)
+            if (x := positions[f"icl_50_{n}"]) is not None
+        ]
         lines.append(_row("in-context learning score", late or ["none: it takes a context of 500"]))
     return lines
 
@@ -96,11 +100,18 @@ def _ablation(a: dict) -> list[str]:
     exact = f"all {SUFFIX} right, {a['alphabet']}, {a['samples']} samples"
     titles = {"exact": exact, "loss_repeated": "loss on repeated tokens", "loss_new": "loss on new tokens"}
     lines = [
-        "Without the k heads of the highest induction score I; random: without k others of the same layers, mean of 3 draws"
+        "Without the k heads of the highest induction score I; others: without k other heads, of the same layers where these",
+        "have enough, lowest to highest of up to 3 draws",
     ]
-    lines.append(_row("", (f"k = {k:<2}" for k in a["k"])))
+    lines.append(_row("", (f"k = {k:<8}" for k in a["k"])).rstrip())
     for name in a["top"][0]:
-        lines.append(_row(titles[name], (f"{top[name]:.3f} " for top in a["top"])))
-        others = (f"{np.mean([draw[name] for draw in draws]):.3f} " if draws else "-     " for draws in a["random"])
-        lines.append(_row("  random", others))
+        lines.append(_row(titles[name], (f"{top[name]:<12.3f}" for top in a["top"])))
+        lines.append(_row("  others", (_span([draw[name] for draw in draws]) for draws in a["random"])).rstrip())
     return lines
+
+
+def _span(scores: list[float]) -> str:
+    if not scores:
+        return f"{'-':<12}"
+    low, high = f"{min(scores):.3f}", f"{max(scores):.3f}"
+    return f"{low if low == high else f'{low}-{high}':<12}"

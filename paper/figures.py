@@ -133,7 +133,7 @@ def claim_d(variant: str, firsts):
     order = [[x for x in first if x is not None] for first in firsts]
     how = verdict(order, lambda x: in_order(x) if len(x) > 1 else None)
     text = "; ".join(f"seed {seed}: {listed(first, 'layer {}', 0)}" for seed, first in enumerate(firsts))
-    claim = f"induction heads form from shallow to deep layers ({label(variant)})"
+    claim = f"induction heads form from shallow to deep layers, among the layers that form one ({label(variant)})"
     return [claim, how, f"first step with a head of I at or above 0.3: {text}"]
 
 
@@ -213,7 +213,7 @@ def figure_h(data, scale, file):
 @figure("i", "Order of the k-grams that the model uses", shared.base)
 def figure_i(data, scale, file):
     """Left: how far the answers at hex16 depend on the k-th last token, from 0 (by chance) to 1 (always). Right: copying at
-    hex16; a dotted line is what a model would reach that looks up the last k tokens alone.
+    hex16; a dotted line is the expected score of copying a random one of the tokens that followed the last k.
     """
     (seeds,) = data.values()
     picture, (left, right) = panels(2)
@@ -230,8 +230,7 @@ def figure_i(data, scale, file):
     save(picture, file)
 
     firsts = [[onset(ladder[k][seed], 0.5, "use") for k in range(4)] for seed in range(len(seeds))]
-    climbed = [[x for x in first if x is not None] for first in firsts]
-    how = verdict(climbed, lambda x: in_order(x) if len(x) > 1 else None)
+    how = verdict(firsts, lambda first: None if None in first else in_order(first))
     text = "; ".join(f"seed {seed}: {listed(first, 'k = {}', 1)}" for seed, first in enumerate(firsts))
     claim = "at hex16 the model uses longer k-grams one after the other, k = 1, 2, 3, 4"
     return {"first_step": firsts, "claims": [[claim, how, f"first step at which the use of token k is one half: {text}"]]}

@@ -133,7 +133,9 @@ def end_of(kind: str, seeds) -> dict | None:
     if not seeds or any(kind not in rows[-1] for rows in seeds):
         return None
     found = summary(at_the_end(rows, kind) for rows in seeds)
-    if found["interval"] and kind not in LOSSES:
+    if kind in CORPUS:
+        found["interval"] = None  # of the data: the same in every run
+    elif found["interval"] and kind not in LOSSES:
         found["interval"] = np.clip(found["interval"], 0, 1).tolist()  # all others are shares
     return found
 

@@ -13,18 +13,20 @@ def surges(seeds, scale) -> dict[str, list[float]]:
 
     wait_steps: the step at which copying reaches a tenth of its final value
     rise_steps: the steps from there to nine tenths
-    loss_fallen_before: how much of its fall the validation loss had behind it at the evaluation before, from ln V, the loss of
-        an untrained model, to its lowest value
+    loss_fallen_before: the share of the validation loss's fall, from ln V (an untrained model) to its lowest value, that was
+        complete at the last evaluation before `wait_steps`
+    new_fallen_before: the same of the loss on new tokens, which copying does not lower
     """
-    found = {"wait_steps": [], "rise_steps": [], "loss_fallen_before": []}
+    found = {"wait_steps": [], "rise_steps": [], "loss_fallen_before": [], "new_fallen_before": []}
     untrained = math.log(scale.base.vocab_size)
     for rows in seeds:
         end = at_the_end(rows, scale.copying)
         if end < scale.threshold or onset(rows, scale.threshold, scale.copying) is None:
             continue
         tenth, nine = (onset(rows, share * end, scale.copying) or rows[-1]["step"] for share in (0.1, 0.9))
-        losses = [untrained, *(row["val_loss"] for row in rows if row["step"] < tenth)]
-        found["loss_fallen_before"].append((untrained - losses[-1]) / (untrained - min(row["val_loss"] for row in rows)))
+        for name, loss in {"loss_fallen_before": "val_loss", "new_fallen_before": "val_loss_new"}.items():
+            before = [untrained, *(row[loss] for row in rows if row["step"] < tenth)]
+            found[name].append((untrained - before[-1]) / (untrained - min(row[loss] for row in rows)))
         found["wait_steps"].append(tenth)
         found["rise_steps"].append(nine - tenth)
     return found
@@ -32,9 +34,10 @@ def surges(seeds, scale) -> dict[str, list[float]]:
 
 def claims(found, seeds: int) -> list[list[str]]:
     """Returns the two claims. While one of the seeds does not end with copying, neither is judged."""
-    waits, rises, fallen = found.values()
+    waits, rises, fallen, new = found.values()
     of = f", in the {len(fallen)} of {seeds} seeds that end with copying"
-    flat = f"before copying rose, the validation loss had fallen {', '.join(f'{x:.0%}' for x in fallen)} of its way from ln V"
+    flat = f"before copying rose, the validation loss had fallen {_shares(fallen)} of its way from ln V"
+    flat += f", that of new tokens {_shares(new)}"
     rose, waited = (", ".join(f"{step:,}" for step in steps) for steps in (rises, waits))
     steep = f"from a tenth to nine tenths of its final value in {rose} steps, after {waited}"
     told = [
@@ -52,3 +55,7 @@ def claims(found, seeds: int) -> list[list[str]]:
     if not fallen:
         return [[claim, INCONCLUSIVE, "no seed ends with copying"] for claim, *_ in told]
     return [[claim, how if len(fallen) == seeds else INCONCLUSIVE, text + of] for claim, how, text in told]
+
+
+def _shares(values: list[float]) -> str:
+    return ", ".join(f"{x:.0%}" for x in values)

@@ -320,7 +320,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
     cases = [
         (["none.pt"], "none.pt: no such checkpoint"),
         (["text.pt"], "text.pt: not a checkpoint"),
-        (["short.pt"], "seq_len=40: too short"),
+        (["short.pt"], "a context of 40 tokens is too short"),
         (["wide.pt"], "do not match"),
         (["strange.pt"], "dims: no such setting"),
         (["ckpt.pt", "--alphabet", "21"], "alphabet=21"),
@@ -337,6 +337,10 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["ckpt.pt", "--samples=0"], "--samples=0: expected 1 or more"),
         (["run", "--plot", str(tmp_path / "x.png")], "metrics.jsonl"),
         (["run", "--over_steps", "--data=a"], "--over_steps writes measures.jsonl alone; leave out --data"),
+        (["run", "--over_steps", "--alphabet", "text"], "--over_steps has no held-out text; leave out --alphabet=text"),
+        (["ckpt.pt", "--over_steps"], "--over_steps takes a run directory; pass"),
+        (["ckpt.pt", "--prompt=a", "--json=x.json"], "--prompt and --attention measure nothing; leave out --json"),
+        (["ckpt.pt", "--attention", "a", "x.html", "--data=a"], "measure nothing; leave out --data"),
         (["run", "nope", "--prompt", "a"], "nope: --prompt and --attention take one model"),
     ]
     for (name, *args), words in cases:

@@ -336,7 +336,7 @@ def test_a_checkpoint_without_a_tokenizer_says_to_pass_ids(tmp_path, capsys):
 
 def test_a_prompt_that_is_not_utf8_is_refused_in_one_line(folder, capsys):
     assert run_command(sample.main, [str(folder), "--prompt=a\udc80", "--device=cpu"]) == 2
-    assert capsys.readouterr().err == "--prompt: the text is not valid UTF-8\n"
+    assert capsys.readouterr().err == "prompt: the text is not valid UTF-8\n"
 
 
 # tokenizer.json of others

@@ -166,8 +166,9 @@ def test_the_curve_holds_the_scores_of_the_models_with_those_heads_removed():
     order = sorted(np.ndindex(3, 4), key=lambda head: -ranking[head])
     assert curve["k"] == [0, 1, 3, 7] and curve["heads"] == [list(head) for head in order[:7]]
     assert curve["top"] == [score(without_columns(model, order[:k])) for k in curve["k"]]
-    sets = [[ablation.matched(order[:k], (3, 4), (5, k, c)) for c in range(2)] for k in (0, 1, 3)]
-    assert curve["random"] == [[score(without_columns(model, heads)) for heads in pair] for pair in sets] + [[]]
+    sets = [[ablation.matched(order[:k], (3, 4), (5, k, c)) for c in range(2)] for k in (1, 3)]
+    assert all(first != second for first, second in sets)
+    assert curve["random"] == [[], *([score(without_columns(model, heads)) for heads in pair] for pair in sets), []]
     assert curve == ablation.ablation_curve(model, score, ranking, [0, 1, 3, 7], controls=2, seed=5)
 
 
@@ -188,7 +189,14 @@ def test_copying_is_lost_with_the_induction_head_and_kept_without_random_ones_of
     curve = ablation.ablation_curve(model, copied, ranking, [0, 1], means)
     assert curve["heads"] == [list(induction)]
     assert curve["top"][0] == 1 and curve["top"][1] < 0.2
-    assert curve["random"] == [[1, 1, 1], [1, 1, 1]]
+    assert curve["random"][0] == [] and set(curve["random"][1]) == {1}
+
+
+def test_each_set_of_other_heads_is_scored_once():
+    """With two heads a layer, the highest one has one other in its layer."""
+    model = small_model(n_layers=3, n_heads=2)
+    curve = ablation.ablation_curve(model, lambda _: 0.0, np.arange(6).reshape(3, 2), [0, 1, 2])
+    assert [len(scores) for scores in curve["random"]][:2] == [0, 1] and len(curve["random"][2]) <= 3
 
 
 def test_a_text_without_repeated_tokens_has_no_loss_on_them():

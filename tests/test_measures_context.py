@@ -62,10 +62,12 @@ def test_induction_loss_of_the_hand_built_model_is_log_v_in_the_first_copy_and_n
 def test_icl_score_is_the_later_loss_less_the_earlier_counted_from_1(monkeypatch):
     losses = np.arange(1, 1001) ** -0.5
     for T, late in ((1000, (500, 1000)), (999, (500,)), (500, (500,)), (499, ())):
-        monkeypatch.setattr(context, "token_losses", lambda model, windows: losses[None, : windows.shape[1] - 1])
-        scores = context.position_scores(small_model(), np.zeros((1, T + 1)))
+        both = np.stack((losses, 3 * losses))  # of two windows
+        monkeypatch.setattr(context, "token_losses", lambda model, windows, both=both: both[:, : windows.shape[1] - 1])
+        scores = context.position_scores(small_model(), np.zeros((2, T + 1)))
         for n in (500, 1000):
-            assert scores[f"icl_50_{n}"] == (pytest.approx(n**-0.5 - 50**-0.5, abs=1e-12) if n in late else None)
+            gain = n**-0.5 - 50**-0.5  # and three times as much: a mean of 2 and, of two values, a standard error of 1
+            assert scores[f"icl_50_{n}"] == (pytest.approx([2 * gain, abs(gain)], abs=1e-12) if n in late else None)
 
 
 @torch.no_grad()

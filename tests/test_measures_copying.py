@@ -94,7 +94,7 @@ def test_the_layout_is_the_papers_where_it_fits_and_scaled_where_not():
         test = test_of(tokenizer, "full", seq_len, 2)
         assert test.sequences.shape[1] == n and 1 + n * 18 + 17 <= seq_len
         assert len(test.asked) == (10 if n == 50 else n)
-    with pytest.raises(UserError, match="seq_len=53: too short for the copy test, which takes 54"):
+    with pytest.raises(UserError, match="a context of 53 tokens is too short for the copy test, which takes 54"):
         test_of(tokenizer, "full", 53)
 
 
@@ -139,7 +139,7 @@ def counted():
 def test_alphabets_of_the_training_data():
     tokenizer = counted()
     ours = vocabulary(tokenizer)
-    assert list(alphabet(ours, "top4")) == [127, 126, 125, 124]  # bos is no test token
+    assert list(alphabet(ours, "top4")) == [124, 125, 126, 127]  # bos is no test token
     assert list(alphabet(ours, "seen")) == list(range(1, 128))
     tests = make_tests(tokenizer, 128, 300, ["freq", "full"])
     used, times = np.unique(tests["freq"].sequences, return_counts=True)
@@ -215,7 +215,6 @@ def test_the_baseline_of_k_tokens_is_found_to_use_k_tokens(k):
     test = test_of(Bytes(), "hex16", 1024, 200 if k == 0 else 40)
     predictions = baseline_predictions(test, k)
     found = kgram_baseline(test, predictions)
-    assert found["like"] == k
     for j, use in found["uses"].items():
         assert use == pytest.approx(float(j <= k), abs=0.2), found
     exact = (predictions.tokens == test.suffixes()).all(-1).mean() if k else 0
@@ -226,4 +225,4 @@ def test_a_model_that_predicts_what_its_context_lacks_uses_nothing():
     test = test_of(Ids(5000), "full", 1024, 5)
     absent = np.setdiff1d(np.arange(5000), test.sequences)[0]
     found = kgram_baseline(test, predicting(np.full_like(test.suffixes(), absent)))
-    assert found["like"] == 0 and not any(found["uses"].values())
+    assert not any(found["uses"].values())

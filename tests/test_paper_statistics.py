@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 
+from paper.report import HOLDS, INCONCLUSIVE, at_exponents
 from paper.scales import SCALES
-from paper.statistics import difference, exponents, summary
+from paper.statistics import difference, exponents, lack_of_fit, summary
 from paper.treatments import compare
 
 
@@ -81,6 +84,47 @@ def test_intervals_of_what_a_treatment_changes_cover_95_percent(seeds, truth):
             low, high = change["interval"]
             hits[i] += low <= right <= high
     assert (hits / 1000 > 0.929).all() and hits[1] / 1000 < 0.971
+
+
+def test_cells_that_follow_no_power_law_widen_the_intervals_and_their_claims_do_not_hold():
+    """The onset comes after a number of tokens up to 2,048 tokens a step, and more slowly from there on."""
+    rng, cells = np.random.default_rng(0), {}
+    for x in itertools.product((4, 8, 16), (128, 256, 512)):
+        tokens = x[0] * x[1]
+        log = np.log(2e6 / tokens) + 0.5 * max(np.log(tokens / 2048), 0)
+        cells[x] = list(np.exp(log + rng.normal(0, 0.1, 3)))
+    law = fitted(cells)
+    assert law["misfit"] < 0.05 and at_exponents(law, (-0.7, -0.7)) == INCONCLUSIVE
+    straight = {x: [2e6 / (x[0] * x[1]) * np.exp(rng.normal(0, 0.1)) for _ in range(3)] for x in cells}
+    followed = fitted(straight)
+    assert followed["misfit"] > 0.05 and at_exponents(followed, (-1, -1)) == HOLDS
+    widths = [np.diff(found["intervals"]).mean() for found in (law, followed)]
+    assert widths[0] > 1.5 * widths[1]
+
+
+def test_lack_of_fit_is_found_in_5_percent_of_lines():
+    """Of 1,000 simulations three standard errors are 0.021. scipy.stats.f.sf(3.0, 4, 12) is 0.0626."""
+    rng, cells = np.random.default_rng(1), [i for i in range(6) for _ in range(3)]
+    X = np.stack((np.ones(18), cells), axis=1)
+    found = []
+    for _ in range(1000):
+        y = rng.normal(size=18)
+        residual = y - X @ np.linalg.lstsq(X, y, rcond=None)[0]
+        found.append(lack_of_fit(residual, cells, 2, 0.0)[2] < 0.05)
+    assert abs(np.mean(found) - 0.05) < 0.021
+    within = np.tile([-1.0, 0.0, 1.0], 6)  # a mean square of 1 within the cells
+    distances = np.repeat([1.0, -1.0, 0.0, 0.0, 0.0, 0.0], 3) * 2**0.5  # and of 12 / 4 between them
+    assert lack_of_fit(within + distances, cells, 2, 0.0) == (pytest.approx(3.0), 4, pytest.approx(0.0626, abs=0.003))
+
+
+def test_runs_asked_other_questions_are_compared_with_wider_intervals():
+    def run(level, questions):
+        return [{"step": s, SCALES["text"].copying: level, "induction_max": 0.0, "questions_top128": questions} for s in (1, 2)]
+
+    pairs = [(run(x, "a"), run(x + 0.1, "a")) for x in (0.1, 0.2, 0.3)]
+    others = [(run(x, "a"), run(x + 0.1, "b")) for x in (0.1, 0.2, 0.3)]
+    same, wider = (compare(p, SCALES["text"], (SCALES["text"].copying,))[SCALES["text"].copying] for p in (pairs, others))
+    assert wider["interval"] == pytest.approx([same["interval"][0] - 0.04, same["interval"][1] + 0.04])
 
 
 def test_runs_without_onset_are_counted_and_left_out():

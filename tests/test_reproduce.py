@@ -427,7 +427,7 @@ def test_repetition_is_what_a_search_of_each_window_finds():
 
 
 def test_an_interval_too_wide_to_exclude_another_law_tells_nothing():
-    law = {"never": 0, "runs": 9}
+    law = {"never": 0, "runs": 9, "misfit": None}
     assert at_exponents(law | {"intervals": [[-0.2, 0.3]]}, (0,)) == HOLDS
     assert at_exponents(law | {"intervals": [[-0.6, 0.3]]}, (0,)) == INCONCLUSIVE
     assert at_exponents(law | {"intervals": [[0.1, 0.3]]}, (0,)) == FAILS

@@ -128,7 +128,7 @@ def test_a_prompt_that_is_not_utf_8_ends_with_status_2_and_one_line(tmp_path, ca
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
     for prompt in ("-", "a\udcff"):  # Python's form of a byte that an argument holds
         assert run_command(sample.main, [str(tmp_path), "--prompt", prompt]) == 2
-        assert re.fullmatch("--prompt.*not valid UTF-8\n", capsys.readouterr().err)
+        assert re.fullmatch("(--)?prompt.*not valid UTF-8\n", capsys.readouterr().err)
 
 
 def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["none.pt"], "none.pt: no such checkpoint"),
         (["ckpt.pt", "--prompt=A"], "character 'A'"),
         (["ckpt.pt", "--prompt", "a" * 96], "prompt of 97 tokens: this model's context takes 1 to 95"),
-        (["ids.pt"], "prompt of 0 tokens"),
+        (["ids.pt"], "a prompt of 0 tokens cannot be continued"),
         (["ckpt.pt", "--temperature=-1"], "--temperature=-1.0: expected 0 or more"),
         (["ckpt.pt", "--temperature=nan"], "--temperature=nan: expected 0 or more"),
         (["ckpt.pt", "--top_k=-1"], "--top_k=-1"),
