@@ -107,7 +107,8 @@ def parse(argv: list[str]) -> tuple[dict, Path, int]:
         own = {option.name: option.default for option in inspect.signature(source).parameters.values()}
         for option, default in (own | ({} if name == "repeats" else TEXT) | COMMON).items():
             add_option(command, option, default)
-        command.add_argument("--out", type=Path, default=ROOT / "data" / name, metavar="FOLDER", help="where to write")
+        folder = ROOT / "data" / ("mine" if name == "text" else name)  # data/text is that of configs/text.py
+        command.add_argument("--out", type=Path, default=folder, metavar="FOLDER", help="where to write")
         add_option(command, "processes", cores())
     command = commands.add_parser("from-bin", help="bins of nanoGPT, llama2.c, llm.c or modded-nanogpt: writes their meta.json")
     command.add_argument("out", type=Path, metavar="FOLDER", help="folder that holds the bins")

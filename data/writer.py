@@ -217,7 +217,8 @@ def report(writer: Writer, state: dict, parts: list[Part]):
     for split in SPLITS:
         if not counts["docs"][split]:
             remedy = another_fraction(split, *state["places"])
-            raise UserError(f"{split}.bin would be empty: none of {total} documents fell to it; {remedy}")
+            kind = {"train": "training", "val": "validation"}[split]
+            raise UserError(f"no document was selected for {kind}, of {total} in all; {remedy}")
 
 
 def another_fraction(split: str, lowest: float, highest: float) -> str:

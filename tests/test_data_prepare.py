@@ -208,8 +208,8 @@ def test_a_split_without_documents_is_refused_and_the_fraction_that_is_named_wor
     for i in range(4):
         (tmp_path / "in" / f"{i}.txt").write_text("".join(f"text {i} {chr(97 + j % 26)}{j**5:x}\n" for j in range(2000)))
     argv = ["text", str(tmp_path / "in"), f"--out={tmp_path / 'out'}", *options]
-    for split, fraction in (("val", 0.0001), ("train", 0.9999)):
-        with pytest.raises(UserError, match=f"{split}.bin would be empty: .*; pass --val_fraction=") as e:
+    for split, kind, fraction in (("val", "validation", 0.0001), ("train", "training", 0.9999)):
+        with pytest.raises(UserError, match=f"selected for {kind}, of 4 in all; pass --val_fraction=") as e:
             prepare([*argv, f"--val_fraction={fraction}"])
         assert not (tmp_path / "out").exists()
         out = prepare([*argv, str(e.value).split()[-1], f"--out={tmp_path / split}"])
