@@ -230,10 +230,16 @@ def figure_i(data, scale, file):
     save(picture, file)
 
     firsts = [[onset(ladder[k][seed], 0.5, "use") for k in range(4)] for seed in range(len(seeds))]
-    how = verdict(firsts, lambda first: None if None in first else in_order(first))
+    how = verdict(firsts, climbs)
     text = "; ".join(f"seed {seed}: {listed(first, 'k = {}', 1)}" for seed, first in enumerate(firsts))
-    claim = "at hex16 the model uses longer k-grams one after the other, k = 1, 2, 3, 4"
+    claim = "at hex16 the model uses longer k-grams one after the other, k = 1, 2 and on, as far as it gets"
     return {"first_step": firsts, "claims": [[claim, how, f"first step at which the use of token k is one half: {text}"]]}
+
+
+def climbs(first: list[float | None]) -> bool | None:
+    """Returns whether the first steps of k = 1, 2 ... rise; None if fewer than two k are used, or one below another is not."""
+    used = [x for x in first if x is not None]
+    return in_order(used) if len(used) > 1 and used == first[: len(used)] else None
 
 
 @figure("j", "Other in-context tasks", shared.base)

@@ -42,25 +42,25 @@ POLL = 2.0  # seconds between two looks at a run that is watched
 
 
 def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str, str]):
-    """Draws one row of panels per evaluated checkpoint: the curves of its run, where runs has rows for it, maps of its heads,
+    """Draws for each evaluated checkpoint the curves of its run, where runs has rows for it, and below them maps of its heads
     and the attention of two of them.
 
     results: as eval_copy.evaluate returns them; runs: the rows of metrics.jsonl; maps: score of heads -> title.
     """
-    wide = 3 if any(runs) else 0
-    figure = plt.figure(figsize=(4.2 * wide + 6.4, 3.9 * len(results)), layout="constrained")
-    rows = figure.subfigures(len(results), 1, squeeze=False)[:, 0]
-    for row, result, run in zip(rows, results, runs, strict=True):
-        row, last = row.subfigures(1, 2, width_ratios=(4.2 * wide + 3.4, 3.0))
-        stripes(last.subplots(2, 1), **result["stripes"])
-        parts = row.subfigures(1, 2, width_ratios=(4.2 * wide, 3.4), squeeze=False)[0] if wide else [None, row]
+    heights = [(3.9 if run else 0, 2.9) for run in runs]
+    figure = plt.figure(figsize=(12.6, sum(map(sum, heights))), layout="constrained")
+    rows = figure.subfigures(len(results), 1, squeeze=False, height_ratios=[*map(sum, heights)])[:, 0]
+    for row, result, run, ratios in zip(rows, results, runs, heights, strict=True):
+        parts = row.subfigures(2, 1, height_ratios=ratios) if run else [row]
         if run:
-            name, levels = next((name, c["kgram"]["ceiling"]) for name, c in result["copy"].items())
             axes = parts[0].subplots(1, 3)
             run_curves(axes, run)
-            baselines(axes[2], name, levels)
-        for ax, (name, title) in zip(parts[-1].subplots(len(maps), 1), maps.items(), strict=True):
+            name = "top128" if "top128" in result["copy"] else next(iter(result["copy"]))
+            baselines(axes[2], name, result["copy"][name]["kgram"]["ceiling"])
+        *heat_maps, previous, induction = parts[-1].subplots(1, len(maps) + 2)
+        for ax, (name, title) in zip(heat_maps, maps.items(), strict=True):
             heat_map(ax, result["heads"][name], title.split(":")[0])
+        stripes((previous, induction), **result["stripes"])
     save(figure, file, dpi=130)
 
 
@@ -89,7 +89,7 @@ def baselines(ax, name: str, levels: dict[int, float]):
     """Draws a horizontal line for the copying accuracy of each k-gram baseline, at the alphabet `name`."""
     labels = {}  # height of a label -> the k of all levels that are too close to be told apart
     for k, level in levels.items():
-        ax.axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"k-gram baselines, {name}: all six")
+        ax.axhline(level, color="0.7", lw=0.8, ls=(0, (1, 2)), label=None if labels else f"{name}: k-gram, all six")
         near = next((y for y in labels if abs(y - level) < 0.04), level)
         labels.setdefault(near, []).append(str(k))
     for y, ks in labels.items():

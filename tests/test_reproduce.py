@@ -293,6 +293,8 @@ def test_figures_draw_and_judge(tmp_path, monkeypatch):
     assert claims("g", rates, tmp_path) == [HOLDS]
     assert claims("h", worse | {"decay0.01": three}, tmp_path) == ["measured"]
     assert claims("i", {"base": three}, tmp_path) == [HOLDS]
+    assert [figures.climbs(x) for x in ([1, 2, 3, 4], [1, 2, None, None], [2, 1, None, None])] == [True, True, False]
+    assert {figures.climbs(x) for x in ([1, None, 2, None], [None, None, 1, 2], [1, None, None, None], [1, 1, 2, 2])} == {None}
     assert claims("j", {"base": three}, tmp_path) == ["measured"]
 
 
