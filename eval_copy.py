@@ -132,13 +132,13 @@ def context_length(model: Llama, asked: int) -> int:
 
 
 def copy_samples(model: Llama, seq_len: int, args: argparse.Namespace) -> int:
-    """Returns --samples, or the default: as many as a few minutes allow, 10 to 500 for each alphabet."""
+    """Returns --samples, or the default: 10 to 500 per alphabet, chosen so that the test takes minutes."""
     tokens = min(2 * seq_len, (SEQUENCES + 10) * LENGTH)  # of a sample: the sequences, and a question after every fifth
     return args.samples or affordable(model, tokens, most=500, least=10, share=5)
 
 
 def evaluate(path, args: argparse.Namespace) -> dict:
-    """Returns all scores of one checkpoint, by the options of the command."""
+    """Returns all scores of one checkpoint, as requested by the command-line options."""
     model, tokenizer, step = load(path, args.device, args.kernels)
     if tokenizer.kind == "ids" and huggingface.is_folder(Path(path)):
         missing = "has neither tokenizer.json nor tokenizer.model: it has no bos, and hex16 is 16 random ids"
@@ -225,7 +225,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--alphabet", nargs="+", metavar="NAME", help=f"what the copy test's tokens are drawn from: {alphabets}")
     add("--samples", type=int, metavar="N", help="samples per alphabet (default: 500, fewer for a large model)")
     add("--context", type=int, default=0, metavar="N", help="context of the copy test in tokens (default: the model's own)")
-    add("--ablate", choices=ablation.HOW, default="", help="also score without the best induction heads, removed in this way")
+    add(
+        "--ablate",
+        choices=ablation.HOW,
+        default="",
+        help="also score without the best induction heads, set to zero or to their mean",
+    )
     add("--data", default="", metavar="FOLDER", help="prepared data: also copy held-out text, and print the loss by position")
     add("--over_steps", action="store_true", help="measure every checkpoint of a run, into its measures.jsonl")
     add("--json", metavar="FILE", help="write all scores to this file too")

@@ -69,7 +69,7 @@ class Runs:
         return {name: self.scale.load(settings) for name, settings in self.variants.items()}
 
     def standing_for(self, name: str) -> str:
-        """Returns the variant whose runs are used for `name`: the longest of those that differ in the number of steps alone."""
+        """Returns the variant whose runs `name` shares: the longest one with otherwise identical settings."""
 
         def but_steps(config):
             return {k: v for k, v in vars(config).items() if k not in ("max_steps", "prepare")}
@@ -89,14 +89,14 @@ class Runs:
         return bool(rows) and rows[-1]["step"] >= self.configs[variant].max_steps
 
     def check(self, path: Path, settings: dict, variant: str):
-        """Raises UserError if what lies there was made with other settings than the variant has now."""
+        """Raises UserError if the run or rows at `path` were made with other settings than the variant has now."""
         other = changed(settings, self.configs[variant]).keys() - MAY_CHANGE - {"dtype", "seed"}
         if other:
             raise UserError(f"{path}: made with other settings: {', '.join(sorted(other))}; set them back, or move it away")
 
     def run(self, command: list[str], folder: Path, seconds: float | None = None) -> int:
         """Runs python with these arguments, and stops it after so many seconds. Returns its exit status; output: log.txt."""
-        env = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})  # a run a core is the fastest
+        env = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})  # one run per core is fastest
         with open(folder / "log.txt", "a") as log:
             child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=env)
         self.children.add(child)
@@ -252,9 +252,14 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="python reproduce.py", description=__doc__.split("\n")[0])
     titles = "; ".join(f"{letter}: {figure.title}" for letter, figure in FIGURES.items())
     parser.add_argument("figure", choices=[*FIGURES, "all"], help=titles)
-    parser.add_argument("--scale", choices=SCALES, default="tiny", help="(default: tiny)")
-    parser.add_argument("--minutes", type=float, help="stop training after so many; the same command resumes")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core, or one on GPUs)")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="tiny",
+        help="size of the runs: tiny and text on CPUs, gpu on one GPU, paper on all (default: tiny)",
+    )
+    parser.add_argument("--minutes", type=float, help="stop training after this many minutes; the same command resumes")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core, or one on GPUs)")
     parser.add_argument("--redraw", action="store_true", help="draw the figures and REPORT.md again, without training")
     args = parser.parse_args(argv)
     os.chdir(ROOT)  # which the paths of the runs are relative to

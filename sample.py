@@ -63,11 +63,8 @@ def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def decoded(tokenizer: Tokenizer, ids: Iterable[int], before=()) -> Iterator[str]:
-    """Yields for each of `ids`, which come after the ids `before`, the text that it completes; then any trailing bytes that do
-    not form a complete character.
-
-    A character that spans several ids is yielded with the last of them; the others yield "". A sentencepiece model needs all
-    ids to decode one.
+    """Yields, for each of `ids`, which come after the ids `before`, the text that it completes ("" until a character of several
+    ids is complete), and finally any incomplete bytes. A sentencepiece model needs all ids to decode one.
     """
     seen = list(before)
     text = tokenizer.decode(seen)
@@ -91,7 +88,7 @@ def stream(model: Llama, tokenizer: Tokenizer, text: str, n=200, temperature=0.0
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, prompt: str, samples=1, n=200, temperature=0.0, top_k=0):
-    """Prints the prompt and its continuation, as it comes; several with a line between them."""
+    """Prints the prompt and its continuation as it is generated; several with a line between them."""
     for i in range(samples):
         pieces = stream(model, tokenizer, prompt, n, temperature, top_k)
         for piece in itertools.chain(["-" * 15 + "\n"] if i else [], [prompt], pieces, ["\n"]):
@@ -103,11 +100,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("path", metavar="PATH", help="checkpoint, run directory, or folder of a Hugging Face Llama")
     add("--prompt", default="", metavar="TEXT", help="text to continue; - reads it from stdin (default: begin a document)")
-    add("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (default: 0.8)")
-    add("--top_k", type=int, default=200, metavar="N", help="draw among the N likeliest tokens; 0: all (default: 200)")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
-    add("--num_samples", type=int, default=1, metavar="N", help="continuations (default: 1)")
-    add("--max_new_tokens", type=int, default=200, metavar="N", help="of each, within the model's context (default: 200)")
+    add("--temperature", type=float, default=0.8, metavar="X", help="0: always the most likely token (default: 0.8)")
+    add("--top_k", type=int, default=200, metavar="N", help="sample from the N most likely tokens; 0: all (default: 200)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add("--num_samples", type=int, default=1, metavar="N", help="number of continuations (default: 1)")
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="maximum number of new tokens per continuation (default: 200)",
+    )
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     for name in ("temperature", "top_k", "seed", "num_samples", "max_new_tokens"):

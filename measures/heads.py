@@ -197,13 +197,15 @@ SCORES = {
     # i = 1 .. s+1, the whole diagonal (Main_Demo of TransformerLens): a perfect head scores s/(s+1).
     "diagonal": Score("", lambda p: p.diagonal(p.s - 1)),
     # From the second occurrence of a token to the first: from s+i to i.
-    "duplicate": Score("duplicate token: attention to itself before", lambda p: p.diagonal(p.s)),
+    "duplicate": Score("duplicate token: attention to its earlier copy", lambda p: p.diagonal(p.s)),
     # From each token to the one before it, `lead` among them.
-    "previous": Score("previous token: attention one back", lambda p: p.probs.diagonal(-1, dim1=-2, dim2=-1), headline=True),
+    "previous": Score(
+        "previous token: attention to the one before", lambda p: p.probs.diagonal(-1, dim1=-2, dim2=-1), headline=True
+    ),
     "prefix_matching": Score("prefix matching (Olsson et al.)", other=lambda g: prefix_matching(g.model, g.ids, g.bos, g.seed)),
     "eigenvalue": Score("", other=lambda g: eigenvalue_score(g.model, False, g.core)),
     "eigenvalue_folded": Score(
-        "OV eigenvalues: writes what it attends to", other=lambda g: eigenvalue_score(g.model, True, g.core)
+        "OV eigenvalues: promotes what it attends to", other=lambda g: eigenvalue_score(g.model, True, g.core)
     ),
     # I = attention * eigenvalues (paper, section 4): as printed; and with i from 2 and the gains of the norms folded in.
     "score_paper": Score("", other=lambda g: g.found["induction_paper"] * g.found["eigenvalue"]),

@@ -51,8 +51,8 @@ def _copying(copy: dict) -> list[str]:
 def _kgrams(copy: dict) -> list[str]:
     header = "".join(f"  k = {k}" for k in K)
     lines = [
-        "k-gram baseline: finds where the last k tokens occurred before, and continues with what followed. Use by the model:",
-        "whether its predictions depend on the k-th last token (0: as by chance, 1: always).",
+        "k-gram baseline: looks up the last k tokens in the context and predicts what followed. Use by the model: how far its",
+        "predictions depend on the k-th last token (0: as by chance, 1: always).",
         f"  {'alphabet':<19}{f'all {SUFFIX} right, baseline':<31}use by the model",
         f"  {'':<17}{header:<31}{header}",
     ]
@@ -77,7 +77,7 @@ def _context(result: dict) -> list[str]:
     losses, recall = result["context"]["induction_loss"], result["context"]["recall"]
     lines = [
         "Use of the context",
-        _row("loss on random tokens; when they occur again", [f"{losses['first']:.3f}; {losses['second']:.3f}"]),
+        _row("loss on random tokens: first, second occurrence", [f"{losses['first']:.3f}, {losses['second']:.3f}"]),
         _row(
             "recall of the next token, in order", [f"{recall['accuracy']:.3f}; mean rank of the right one {recall['rank']:.1f}"]
         ),
@@ -92,7 +92,7 @@ def _context(result: dict) -> list[str]:
             for n in (500, 1000)
             if (x := positions[f"icl_50_{n}"]) is not None
         ]
-        lines.append(_row("in-context learning score", late or ["none: it takes a context of 500"]))
+        lines.append(_row("in-context learning score", late or ["not available: needs a context of at least 500"]))
     return lines
 
 

@@ -115,7 +115,7 @@ def test_the_loss_by_position_is_that_of_the_data(tmp_path, capsys):
     window = torch.from_numpy(val.windows(range(val.n_windows)))
     whole = model(window[:, :-1], window[:, 1:]).item()
     assert val.n_windows <= 64 and len(found["loss"]) == 96 and sum(found["loss"]) / 96 == pytest.approx(whole, rel=1e-5)
-    assert found["icl_50_500"] is None and "none: it takes a context of 500" in capsys.readouterr().out
+    assert found["icl_50_500"] is None and "not available: needs a context of at least 500" in capsys.readouterr().out
 
 
 def test_without_its_induction_head_the_hand_built_model_neither_copies_nor_predicts_repeated_tokens(tmp_path, capsys):
