@@ -40,6 +40,8 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     with torch.device("meta"):  # the weights keep the dtype of their file
         model = Llama(config, ops, dtype)
     checkpoint.restore(path, state, model)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: has weights that are not finite; take an earlier checkpoint")
     model.to(device)
     with about(path):
         tokenizer = tokenizer_from_state(state["tokenizer"])

@@ -314,6 +314,8 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
     state = checkpoint.load(tmp_path / "ckpt.pt")
     checkpoint.save(tmp_path / "wide.pt", state | {"config": state["config"] | {"dim": 64}})
     checkpoint.save(tmp_path / "strange.pt", state | {"config": state["config"] | {"dims": 64}})
+    state["model"]["norm"][0] = float("nan")
+    checkpoint.save(tmp_path / "nan.pt", state)
     (tmp_path / "run").mkdir()
     save(tmp_path / "run/ckpt.pt", small_model(tokenizer), tokenizer)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "to\n{"step": 2}\n')
@@ -323,6 +325,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["short.pt"], "a context of 40 tokens is too short"),
         (["wide.pt"], "do not match"),
         (["strange.pt"], "dims: no such setting"),
+        (["nan.pt"], "nan.pt: has weights that are not finite"),
         (["ckpt.pt", "--alphabet", "21"], "alphabet=21"),
         (["none", "--over_steps"], "no checkpoints of several steps; train with --ckpt_keep=1000"),
         (["ckpt.pt", "--prompt", "A"], "character 'A'"),
