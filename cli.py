@@ -27,10 +27,16 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
                 raise UserError(f"{unknown[0]}: unexpected argument; name files before the options; see {self.prog} --help")
-            nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            nearest = difflib.get_close_matches(name, self._options(parsed), n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"see {self.prog} --help"
             raise UserError(f"{name}: no such option; {hint}")
         return parsed
+
+    def _options(self, parsed) -> list[str]:
+        """Returns the options of this parser and of the subcommand that was parsed, if it has any."""
+        commands = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(a.choices[getattr(parsed, a.dest)] for a in commands)]
+        return [option for parser in parsers for option in parser._option_string_actions]
 
 
 def whole(text: str) -> int:

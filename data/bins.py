@@ -223,8 +223,10 @@ def batch(run: Path, step: int, folder: str = ""):
     folder: that of the data, where they are not at the path that the run was given. Raises UserError if they are others.
     """
     path = run / "config.json"
-    if not path.exists() or step < 1:
-        raise UserError(f"{path} --step={step}: expected the directory of a run, which has that file, and a step from 1")
+    if not path.exists():
+        raise UserError(f"{run}: not a run directory, as it has no config.json")
+    if step < 1:
+        raise UserError(f"--step={step}: steps are counted from 1")
     try:
         values = renamed(json.loads(path.read_bytes()))
         values.pop("op_set", None)

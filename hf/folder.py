@@ -93,6 +93,7 @@ def write(folder, state: dict, tokenizer) -> bool:
         except safetensors.SafetensorError as e:  # as on a full disk
             raise RunFailed(f"{folder}: {first_line(e)}; make room, then run the same command again") from None
         (aside / "config.json").write_text(json.dumps(_config_json(config, tokenizer), indent=2) + "\n")
+        shutil.copymode(aside / "config.json", aside / WEIGHTS)  # safetensors lets only its owner read it
         for name, text in (tokenizer_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         if tokenizer.file:

@@ -42,7 +42,8 @@ def _copying(copy: dict) -> list[str]:
     for name, c in copy.items():
         if c["untrained"] and c["untrained"][1]:
             never, rare = c["untrained"]
-            lines.append(f"  {name}: {never:,} of its ids never occur in the training data, {rare:,} are less than 1e-5 of it")
+            more = f"and {rare - never:,} more are less than 1e-5 of it"
+            lines.append(f"  {name}: {never:,} of its ids never occur in the training data, {more}")
     if "text" in copy:
         lines.append(f"  text: {copy['text']['token_unseen']:.3f} of single tokens are right when the passage is new")
     return lines

@@ -255,6 +255,8 @@ def test_a_source_takes_its_own_options_only():
         with pytest.raises(UserError, match="has no value; is a shell variable unset"):
             parse(argv)
     assert parse(["redpajama", "--tokens=9", "--urls=https://host/list?sig=abc="])[0]["urls"].endswith("abc=")
+    with pytest.raises(UserError, match="--tokeniser: no such option; did you mean --tokenizer?"):
+        parse(["text", "a", "--tokeniser=bpe"])
     with pytest.raises(UserError, match="a: unexpected argument; name files before the options"):
         parse(["text", "b", "--seed=1", "a"])
     with pytest.raises(UserError, match="--tokenizer=bpe: is trained on text"):

@@ -606,6 +606,7 @@ def test_the_batch_viewer_shows_what_the_run_trained_on(settings, capsys):
     path.write_text(json.dumps(values | {"data_fingerprint": "00"}))
     with pytest.raises(UserError, match="not the data that .* was trained on"):
         bins.show([settings["out_dir"], "--step=2"])
-    for wrong in ([settings["out_dir"], "--step=0"], [settings["data"], "--step=1"]):
-        with pytest.raises(UserError, match="expected the directory of a run"):
-            bins.show(wrong)
+    with pytest.raises(UserError, match="--step=0: steps are counted from 1"):
+        bins.show([settings["out_dir"], "--step=0"])
+    with pytest.raises(UserError, match="not a run directory, as it has no config.json"):
+        bins.show([settings["data"], "--step=1"])

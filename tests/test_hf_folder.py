@@ -573,6 +573,7 @@ def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsy
     assert list((tmp_path / "new").iterdir()) == []
     out.mkdir()
     assert run_command(export.main, [path, str(out)]) == 0 and "LlamaForCausalLM.from_pretrained" in capsys.readouterr().out
+    assert len({(out / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
     before = (out / "model.safetensors").read_bytes()
     for source, target in ((path, out), (path, tmp_path / "ckpt.pt"), ("nowhere", tmp_path / "x"), (out, tmp_path / "x")):
         assert run_command(export.main, [str(source), str(target)]) == 2
