@@ -53,8 +53,8 @@ def whole(text: str) -> int:
 def run_command(main, argv) -> int:
     """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
 
-    Under torchrun, what all ranks find (a UserError or RunFailed) is reported by rank 0 alone; what may have happened on one
-    rank only is reported by that rank, with its number.
+    Under torchrun, a UserError or RunFailed is taken to be raised by all ranks of a machine, and the first of them reports it.
+    Any other exception, subclasses of these two included, may come from one rank alone: that rank reports it, with its number.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
@@ -69,7 +69,7 @@ def run_command(main, argv) -> int:
         shared = type(e) in (UserError, RunFailed, KeyboardInterrupt)
         if not shared and os.environ.get("WORLD_SIZE", "1") != "1":
             message = f"rank {rank}: {message}"
-        if rank == "0" or not shared:
+        if os.environ.get("LOCAL_RANK", rank) == "0" or not shared:
             print(message, file=sys.stderr, flush=True)
         return status
 

@@ -26,6 +26,14 @@ MAGIC = 20240520
 MAGIC_UINT32 = 20240801  # where tokens are uint32
 
 
+class DataChanged(RunFailed):
+    """A bin file changed while the run had it open. Of several ranks, one alone may notice."""
+
+
+class UnknownId(UserError):
+    """A token id is not below vocab_size. Of several ranks, only those that read it notice."""
+
+
 def files(path) -> list[Path]:
     """Returns the files whose tokens, one after the other, are the bin named `path`, such as data/tiny/train.bin.
 
@@ -72,9 +80,9 @@ class Shard:
             return now.st_size, now.st_mtime_ns
 
     def check(self):
-        """Raises RunFailed if the file was changed: reading a mapped file that was cut would kill the process."""
+        """Raises DataChanged if the file was changed: reading a mapped file that was cut would kill the process."""
         if self._stat() != self.opened:
-            raise RunFailed(f"{self.path}: changed since this run opened it; put the data back, and run the same command")
+            raise DataChanged(f"{self.path}: changed since this run opened it; put the data back, and run the same command")
 
 
 class Bin:
@@ -114,7 +122,7 @@ class Bin:
     def windows(self, indices) -> np.ndarray:
         """Returns the token ids (B, seq_len + 1) int64 of the windows with these numbers (B,).
 
-        Raises UserError for an id >= vocab_size, and RunFailed if a file was changed since it was opened.
+        Raises UnknownId for an id >= vocab_size, and DataChanged if a file was changed since it was opened.
         """
         starts = np.asarray(indices, dtype=np.int64) * self.seq_len
         first = np.searchsorted(self.ends, starts, side="right").tolist()
@@ -127,7 +135,7 @@ class Bin:
         # Checked on the CPU: on a GPU an embedding index out of range aborts the process.
         if ids.size and ids.max() >= self.vocab_size:
             needed = max(ids.max() + 1, self.meta_vocab_size)
-            raise UserError(
+            raise UnknownId(
                 f"{self.path}: token id {ids.max()}, but vocab_size={self.vocab_size}; pass --vocab_size={needed} or more"
             )
         return ids

@@ -259,6 +259,20 @@ def test_an_error_of_one_rank_is_reported_while_its_peers_are_inside_a_collectiv
         assert not any(line.startswith("Traceback") for line in lines)
 
 
+def test_an_id_beyond_the_vocabulary_that_one_rank_alone_reads_is_reported_by_it(settings, tmp_path):
+    data = write_dataset(tmp_path / "set")
+    tokens = np.fromfile(data / "train.bin", TOKEN)
+    tokens[bins.order(0, 0, (len(tokens) - 1) // 31)[4 + 1] * 31 + 5] = 60000  # in rank 1's share of the first batch
+    tokens.tofile(data / "train.bin")
+    settings = settings | {"data": str(data), "eval_interval": 0}
+    with fault("unknown id in one rank's share"):
+        assert join(faults.start_ranks(settings, 2))[1] == 2
+        lines = faults.log_of(settings).read_text().splitlines()
+        assert [line.split(";")[0] for line in lines if "token id" in line] == [
+            f"rank 1: {data}/train.bin: token id 60000, but vocab_size=17"
+        ]
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
 def test_a_run_that_a_signal_stopped_is_not_restarted_by_torchrun(long):
     long = long | {"max_steps": 10**6}
