@@ -46,18 +46,27 @@ class Metrics:
     """The rows of metrics.jsonl: one per step at which something was measured."""
 
     def __init__(self, path: Path, step: int, log=lambda row: None):
-        """Continues after `step`. Removes the later rows, of updates that are made again, and the row of `step` itself, which
-        the caller completes and writes again. `before` has all rows that were there, by step. What is written goes to log(row)
-        too.
+        """Continues after `step`. Removes the later rows, whose updates are made again; the row of `step` itself stays until
+        the caller writes it again, completed. `before` has all rows that were there, by step. Each row that is written goes to
+        log(row) too.
         """
         self.path = path
         self.log = log
+        self.step = step
         self.before = {row["step"]: row for row in read(path)} if path.exists() else {}
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in self.before.values() if row["step"] < step))
+        self._replace(self.before.get(step) if step else None)
+
+    def _replace(self, row: dict | None):
+        """Writes the rows before `step`, and `row`, if any, as that of `step`."""
+        rows = [earlier for earlier in self.before.values() if earlier["step"] < self.step] + ([row] if row else [])
+        atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict):
-        with naming(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if row["step"] == self.step:
+            self._replace(row)
+        else:
+            with naming(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
         self.log(row)
 
 

@@ -47,6 +47,17 @@ def test_rows_after_the_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
     assert metrics.read(path) == []
 
 
+def test_the_row_of_the_checkpoint_stays_until_it_is_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = metrics.Metrics(path, 0)
+    for step in (0, 10, 20, 30):
+        rows.write({"step": step, "tokens": 0, "loss": 1.0})
+    resumed = metrics.Metrics(path, 20)
+    assert [row["step"] for row in metrics.read(path)] == [0, 10, 20]
+    resumed.write({"step": 20, "tokens": 0, "loss": 1.0, "val_loss": 2.0})
+    assert [row["step"] for row in metrics.read(path)] == [0, 10, 20] and metrics.read(path)[-1]["val_loss"] == 2.0
+
+
 def test_the_log_line_leaves_out_what_is_not_known():
     row = {"step": 50, "tokens": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "ms": 3.0, "tokens_per_s": 1e5, "eta_s": 3700}
     line = metrics.log_line(50, 200, row)

@@ -261,6 +261,20 @@ def test_compiled_blocks_give_the_same_losses(settings, tmp_path, monkeypatch):
     assert weights(settings).keys() == weights(settings, out_dir=str(tmp_path / "compiled")).keys()
 
 
+def test_a_resume_that_ends_before_its_first_row_leaves_the_row_of_its_checkpoint(settings, monkeypatch):
+    before = run(settings)
+
+    def fail(*_):
+        raise UserError("no compiler")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_blocks", fail)
+        with pytest.raises(UserError, match="no compiler"):
+            run(settings, max_steps=8)
+    assert metrics.read(Path(settings["out_dir"]) / "metrics.jsonl") == before
+    assert run(settings, max_steps=8)[: len(before)] == before
+
+
 @pytest.mark.parametrize("compile", ["auto", "on"])
 def test_without_a_working_compiler_auto_goes_on_and_on_is_refused_in_one_line(settings, tmp_path, compile):
     env = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
