@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, is_out_of_memory
 from files import atomic_writer
 
 
@@ -46,6 +46,8 @@ def load(path, device="cpu") -> dict:
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except Exception as e:  # whatever an arbitrary file can make zipfile and the unpickler say
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{path}: not a checkpoint of this trainer, or damaged or cut short ({type(e).__name__})") from None
     state = state if isinstance(state, dict) else {}
     kinds = {"config": dict, "model": dict, "step": int, "tokenizer": dict}
@@ -75,7 +77,9 @@ def restore(path, state: dict, model, optimizer=None, loss_scale=None):
                     assert optimizer.state[p].keys() == names
                     assert all(optimizer.state[p][name].shape == p.shape for name in names - {"step"})
                     assert "step" not in names or optimizer.state[p]["step"].numel() == 1
-    except Exception:  # whatever torch says of weights and moments of other shapes, names and kinds
+    except Exception as e:  # whatever torch says of weights and moments of other shapes, names and kinds
+        if is_out_of_memory(e):
+            raise
         raise UserError(
             f"{path}: weights or optimizer state do not match the model in its config; use an older checkpoint"
         ) from None

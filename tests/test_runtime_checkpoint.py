@@ -69,6 +69,22 @@ def test_an_error_of_the_disk_is_not_taken_for_a_file_of_another_kind(tmp_path, 
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+def test_want_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch, error):
+    checkpoint.save(tmp_path / "ckpt.pt", STATE)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Linear, "load_state_dict", fail)
+    with pytest.raises(type(error)) as restoring:
+        checkpoint.restore("x", STATE, torch.nn.Linear(1, 1))
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as loading:
+        checkpoint.load(tmp_path)
+    assert not isinstance(restoring.value, UserError) and not isinstance(loading.value, UserError)
+
+
 def test_files_of_other_names_are_no_checkpoints_of_a_step(tmp_path):
     for name in ("ckpt.pt", "ckpt_10.pt", "ckpt_9.pt", "ckpt_best.pt", "ckpt_7.pt.bak", "milestone_8.pt", "ckpt_-1.pt"):
         (tmp_path / name).touch()
