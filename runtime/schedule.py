@@ -14,6 +14,7 @@ def due_after(step: int, c: Config) -> set[str]:
         due.add("save")
     if c.ckpt_milestones and is_milestone(step, c.milestone_interval):
         due.add("milestone")
-    if step == 1 or due & {"validate", "copy", "save"}:
+    # Saving waits for the updates that are queued on a GPU. Reading the statistics first counts that time as theirs.
+    if step == 1 or due & {"validate", "copy", "save", "milestone"}:
         due.add("log")
     return due
