@@ -80,9 +80,12 @@ def run_curves(axes, rows: list[dict]):
         for (what, tokens), style in zip(curves.formed(rows).items(), (":", "--", "-"), strict=False):
             label = f"{what} at {EngFormatter(sep='', places=1)(tokens)}" if ax is axes[1] else None
             ax.axvline(tokens, color="0.45", lw=0.9, ls=style, label=label)
-        ax.set(title=title, xlabel="training tokens", ylim=(0, None) if ax is axes[0] else (-0.03, 1.05))
+        ax.set(title=title, xlabel="training tokens")
     losses = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
     axes[0].plot(*zip(*losses, strict=True), color="0.8", lw=0.8, zorder=1, label="training batches")
+    axes[0].set_ylim(bottom=0)  # only now: it ends autoscaling
+    for ax in axes[1:]:
+        ax.set_ylim(-0.03, 1.05)
 
 
 def baselines(ax, name: str, levels: dict[int, float]):

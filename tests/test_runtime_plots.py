@@ -62,6 +62,14 @@ def test_a_run_that_does_not_train_is_drawn_once(tmp_path, capsys):
     )
 
 
+def test_the_loss_panel_shows_all_training_losses_of_a_run_without_validation():
+    rows = [{"step": s, "tokens": 10 * s, "loss": 9 - s} for s in range(1, 9)]
+    figure, axes = plots.panels(3)
+    plots.run_curves(axes, rows)
+    assert axes[0].get_ylim()[0] == 0 and axes[0].get_ylim()[1] >= 8 and axes[1].get_ylim() == (-0.03, 1.05)
+    plt.close(figure)
+
+
 def test_the_legend_explains_the_band_of_several_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda figure: None)
     for seeds, labels in (([ROWS, ROWS], ["loss", "range over seeds"]), ([ROWS], ["loss"])):
