@@ -197,8 +197,9 @@ def command_line() -> Parser:
 def load(argv: list[str]) -> Config:
     """Returns the config of `[CONFIG.py] [--name=value ...]`; llama162m if no file is named.
 
-    A relative path in a file is relative to the project's root, one on the command line to the current folder. Raises
-    UserError for a name that is not a setting, a value of the wrong type, or a file that cannot be run.
+    A relative path in a file is relative to the project's root, one on the command line to the current folder. --data replaces
+    the file's `prepare` as well. Raises UserError for a name that is not a setting, a value of the wrong type, or a file that
+    cannot be run.
     """
     given = {name: text for name, text in vars(command_line().parse_args(argv)).items() if text is not None}
     files = given.pop("config")
@@ -212,6 +213,8 @@ def load(argv: list[str]) -> Config:
             values[name] = os.path.relpath(ROOT / values[name])
     # --out_dir= with nothing behind it comes from an unset variable of a shell.
     given = {name: parse(name, text) for name, text in given.items() if (name, text) != ("out_dir", "")}
+    if "data" in given:
+        values.pop("prepare", None)  # which makes the data that the file names
     return from_dict(values | given)
 
 

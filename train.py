@@ -88,8 +88,10 @@ class Run:
         # Data
         folder = Path(config.data)
         if not bins.files(folder / "train.bin"):
-            options = shlex.join([*shlex.split(config.prepare), f"--out={folder}"]) if config.prepare else "--help"
-            raise UserError(f"{folder}/train.bin: not found; make it with: python -m data.prepare {options}")
+            advice = "prepare data first: python -m data.prepare --help, or try the demo: make demo"
+            if config.prepare:  # shell text, as it is typed
+                advice = f"make it with: python -m data.prepare {config.prepare} --out={shlex.quote(str(folder))}"
+            raise UserError(f"{folder}/train.bin: not found; {advice}")
         self.train_bin = bins.Bin(folder / "train.bin", config.seq_len, config.vocab_size)
         self.val_bin = bins.Bin(folder / "val.bin", config.seq_len, config.vocab_size)
         self.meta = load_meta(folder)

@@ -73,6 +73,12 @@ def test_file_paths_are_the_projects_and_command_line_paths_the_current_folders(
     assert Path(c.data).resolve() == ROOT / "data/x" and c.out_dir == "here"
 
 
+def test_other_data_than_the_files_is_not_prepared_as_the_files(tmp_path):
+    path = write(tmp_path, 'data = "data/x"\nprepare = "repeats"')
+    assert load([path]).prepare == "repeats" and load([path, "--data=mine"]).prepare == ""
+    assert load([path, "--data=mine", "--prepare=files texts"]).prepare == "files texts"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

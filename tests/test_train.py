@@ -332,6 +332,16 @@ def test_each_mistake_ends_with_status_2_and_one_line_and_writes_nothing(setting
     assert not Path(settings["out_dir"]).exists()
 
 
+def test_missing_data_is_refused_with_the_command_that_makes_it(settings, tmp_path, capsys):
+    folder = tmp_path / "no data"
+    for prepare, advice in {
+        "files it's.txt --repeat=0.1": f"make it with: python -m data.prepare files it's.txt --repeat=0.1 --out='{folder}'",
+        "": "prepare data first: python -m data.prepare --help, or try the demo: make demo",
+    }.items():
+        assert status(flags(settings, data=folder, prepare=prepare)) == 2
+        assert capsys.readouterr().err == f"{folder}/train.bin: not found; {advice}\n"
+
+
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_a_refused_run_leaves_an_empty_folder_that_was_there(settings, tmp_path, capsys, kind):
     (tmp_path / "folder").mkdir()
