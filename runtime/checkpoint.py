@@ -114,3 +114,8 @@ def newest_first(folder: Path) -> list[Path]:
 def is_milestone(step: int, every: int) -> bool:
     """Returns whether `step` is 1, 2, 4 ... 512, dense where abilities form, or a multiple of `every`."""
     return step > 0 and (step % every == 0 or step <= 512 and step & (step - 1) == 0)
+
+
+def n_milestones(last: int, every: int) -> int:
+    """Returns how many of the steps 1 .. last are milestones."""
+    return last // every + sum(2**i <= last and 2**i % every > 0 for i in range(10))

@@ -13,7 +13,7 @@ import torch
 from config import Config, ModelConfig
 from errors import RunFailed, UserError
 from files import atomic_write, naming
-from runtime.checkpoint import is_milestone
+from runtime.checkpoint import n_milestones
 
 # Dense bf16 TFLOP/s from the makers' data sheets, by the name of the card without maker, memory and form factor.
 PEAK_TFLOPS = {
@@ -187,7 +187,9 @@ class Timer:
 
 
 def announcement(c: Config, world, per_rank: int, micro: int, train_bin) -> str:
-    """Returns the lines printed at the start: the model, the batch arithmetic, and the size of the data and milestones."""
+    """Returns the lines printed at the start: the model, the batch arithmetic, the size of the data and milestones, and a
+    warning if the run ends during warm-up.
+    """
     lines = [
         f"model: {c.n_layers} layers, dim {c.dim}, {c.n_parameters:,} parameters, in {c.dtype} on {world.size} x "
         f"{world.device.type} with {c.kernels} kernels",
@@ -197,9 +199,14 @@ def announcement(c: Config, world, per_rank: int, micro: int, train_bin) -> str:
         f"{c.max_steps * c.batch_size / train_bin.n_windows:.2f} epochs",
     ]
     if c.ckpt_milestones:
-        count = sum(is_milestone(step, c.milestone_interval) for step in range(c.max_steps + 1))
+        count = n_milestones(c.max_steps, c.milestone_interval)
         size = 4 * c.n_parameters
-        lines.append(f"milestones: {count} files of {size / 1e6:,.1f} MB, {size * count / 1e9:,.2f} GB in all")
+        lines.append(f"milestones: {count:,} files of {size / 1e6:,.1f} MB, {size * count / 1e9:,.2f} GB in all")
+    if 0 < c.max_steps < c.warmup_steps:
+        lines.append(
+            f"warning: warmup_steps={c.warmup_steps} exceeds max_steps={c.max_steps}: the learning rate ends at "
+            f"{100 * c.max_steps / c.warmup_steps:.2g}% of its peak"
+        )
     return "\n".join(lines)
 
 

@@ -137,3 +137,7 @@ def test_milestones_are_powers_of_two_then_thousands():
     powers = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     assert [s for s in range(3001) if checkpoint.is_milestone(s, 1000)] == [*powers, 1000, 2000, 3000]
     assert [s for s in range(1001) if checkpoint.is_milestone(s, 400)] == sorted([*powers, 400, 800])
+    for every in (1, 2, 3, 64, 400, 1000):
+        for last in (0, 1, 5, 64, 511, 512, 513, 2000):
+            counted = sum(checkpoint.is_milestone(step, every) for step in range(last + 1))
+            assert checkpoint.n_milestones(last, every) == counted, (last, every)

@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def test_the_row_of_the_checkpoint_stays_until_it_is_written_again(tmp_path):
     assert [row["step"] for row in metrics.read(path)] == [0, 10, 20]
     resumed.write({"step": 20, "tokens": 0, "loss": 1.0, "val_loss": 2.0})
     assert [row["step"] for row in metrics.read(path)] == [0, 10, 20] and metrics.read(path)[-1]["val_loss"] == 2.0
+
+
+def test_the_announcement_counts_milestones_at_once_and_warns_of_a_warm_up_beyond_the_end():
+    def lines(**changes):
+        config = Config(ckpt_milestones=True, dtype="fp32", kernels="eager", **changes)
+        train_bin = types.SimpleNamespace(n_tokens=10, n_windows=10)
+        return metrics.announcement(config, World(0, 1, torch.device("cpu")), 8, 8, train_bin).splitlines()
+
+    assert lines(max_steps=10**9)[-1].startswith("milestones: 1,000,010 files")
+    assert lines(max_steps=20)[-1] == (
+        "warning: warmup_steps=2000 exceeds max_steps=20: the learning rate ends at 1% of its peak"
+    )
+    for c in (dict(max_steps=2000), dict(max_steps=0)):
+        assert not any("warning" in line for line in lines(**c))
 
 
 def test_the_log_line_leaves_out_what_is_not_known():
