@@ -37,4 +37,4 @@ soak: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv
