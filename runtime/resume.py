@@ -47,29 +47,41 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
             f"init_from={config.init_from}: {path} has init_from={source!r}; leave it out to resume, name another --out_dir, "
             "or start anew with --resume=none"
         )
+    different = settings.changed(state["config"], config)
     free = settings.MAY_CHANGE | (settings.MAY_CHANGE_ON_REQUEST if config.allow_changes else set())
     free |= {"dtype"} if config.dtype == "auto" else set()  # which then is the checkpoint's
-    different = settings.changed(state["config"], config)
-    changed = [f"{name} {then} -> {now}" for name, (then, now) in different.items() if name not in free]
-    if state.get("data_fingerprint") != fingerprint:
+    refused = {name: values for name, values in different.items() if name not in free}
+    changed = [f"{name} {then} -> {now}" for name, (then, now) in refused.items()]
+    if is_other_data := state.get("data_fingerprint") != fingerprint:
         changed.append(f"the data in {config.data}")
     if changed:
+        on_request = refused.keys() <= settings.MAY_CHANGE_ON_REQUEST and not is_other_data
+        allow = "pass --allow_changes=true to change them from here on, " if on_request else ""
         raise UserError(
-            f"{path}: made with other settings: {', '.join(changed)}; set them back, name another --out_dir, or start anew "
-            "with --resume=none"
+            f"{path}: made with other settings: {', '.join(changed)}; {allow}set them back, name another --out_dir, or start "
+            "anew with --resume=none"
         )
+    if rundir.holds(Path(config.out_dir), path):
+        kept = len(checkpoint.by_step(path.parent))
+        then = different.get("ckpt_keep", (0,))[0] or 0  # 0: as now, or not recorded
+        if config.ckpt_keep < min(then, kept):
+            raise UserError(
+                f"ckpt_keep={config.ckpt_keep}: {config.out_dir} holds {kept} checkpoints, kept with ckpt_keep={then}; pass "
+                f"--ckpt_keep={then}, or remove them"
+            )
 
 
 def changes(path: Path, state: dict, config: Config, kernels: str, world) -> dict:
-    """Reports a resume, and whether it changes the op set, its tiles or, on request, settings of the optimizer. Returns what
-    metrics.jsonl records of them: {"changed": {name: [value then, value now]}}, or {}.
+    """Reports a resume, and changes of the op set, of its tiles and of settings that later learning rates or updates depend on.
+    Returns what metrics.jsonl records of these settings: {"changed": {name: [value then, value now]}}, or {}.
     """
     world.say(f"resuming {path} at step {state['step']}")
     different = settings.changed(state["config"], config)
-    then = state.get("kernels") or state["config"].get("kernels")  # older checkpoints record no tiles, or `auto`
+    then = state.get("kernels") or state["config"].get("kernels")  # older checkpoints record only the op set, or `auto`
     if then not in ("auto", kernels, None if "kernels" in state else config.kernels):
         world.say(f"warning: {then} kernels made this checkpoint; it goes on with {kernels}, which rounds differently")
-    changed = {name: list(different[name]) for name in settings.MAY_CHANGE_ON_REQUEST & different.keys()}
+    names = settings.MAY_CHANGE_ON_REQUEST | ({"max_steps"} if config.schedule != "constant" else set())
+    changed = {name: list(different[name]) for name in names & different.keys()}
     for name, (before, now) in sorted(changed.items()):
         world.say(f"changed from here on: {name} {before} -> {now}")
     return {"changed": changed} if changed else {}

@@ -68,7 +68,9 @@ def test_a_run_leaves_its_directory_as_documented(settings):
     assert "ms" not in rows[1] and "mfu" not in rows[3] and rows[3]["tokens"] == 3 * 8 * 127
     state = checkpoint.load(out)
     assert state["step"] == 6 and state["data_fingerprint"] == bins.fingerprint(settings["data"])
-    assert json.loads((out / "config.json").read_text()) == state["config"] | {"op_set": state["kernels"]}
+    assert json.loads((out / "config.json").read_text()) == state["config"] | {
+        "op_set": state["kernels"], "data_fingerprint": state["data_fingerprint"]
+    }  # fmt: skip
     assert "optimizer" not in checkpoint.load(out / "milestone_2.pt")
 
 
@@ -423,17 +425,44 @@ def test_settings_of_the_optimizer_change_on_request_and_the_change_is_recorded(
     run(settings, max_steps=4, ckpt_interval=2)
     cool = dict(schedule="cosine", learning_rate=2e-2, attn_dropout=0.5, weight_decay=0.1, grad_clip=0.5, warmup_steps=0)
     assert status(flags(settings, max_steps=8, **cool)) == 2
-    assert "schedule constant -> cosine" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "schedule constant -> cosine" in error
+    assert "; pass --allow_changes=true to change them from here on, set them back, name another --out_dir, or" in error
+    assert status(flags(settings, max_steps=8, seed=1, **cool)) == 2
+    assert "; set them back, name another --out_dir, or" in capsys.readouterr().err
     assert status(flags(settings, max_steps=8, allow_changes="true", seed=1, **cool)) == 2  # not what decides the data
     assert "seed 0 -> 1" in capsys.readouterr().err
     rows = run(settings, max_steps=8, allow_changes=True, **cool)
     changed = next(row["changed"] for row in rows if "changed" in row)
-    assert changed.keys() == cool.keys() and changed["schedule"] == ["constant", "cosine"]
+    assert changed.keys() == cool.keys() | {"max_steps"} and changed["schedule"] == ["constant", "cosine"]
     assert rows[-1]["lr"] == 0 and [row["step"] for row in rows] == list(range(9))
     saved = json.loads((Path(settings["out_dir"]) / "config.json").read_text())
     assert saved["allow_changes"] is True and saved["schedule"] == "cosine"
     assert "schedule constant -> cosine" in capsys.readouterr().out
     assert len(run(settings, max_steps=9, **cool)) == 10  # once changed, it is the run's own setting
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_more_steps_are_reported_and_recorded_where_the_learning_rate_depends_on_them(settings, capsys, schedule):
+    run(settings, schedule=schedule, max_steps=3)
+    rows = run(settings, schedule=schedule, max_steps=9)
+    said = "changed from here on: max_steps 3 -> 9" in capsys.readouterr().out
+    assert said == (rows[3].get("changed") == {"max_steps": [3, 9]}) == (schedule != "constant")
+
+
+def test_a_resume_does_not_remove_checkpoints_that_the_run_asked_to_keep(settings, tmp_path, capsys):
+    run(settings, ckpt_interval=1, ckpt_keep=1000)
+    out = Path(settings["out_dir"])
+    assert status(flags(settings, max_steps=8)) == 2
+    assert capsys.readouterr().err == (
+        f"ckpt_keep=2: {out} holds 6 checkpoints, kept with ckpt_keep=1000; pass --ckpt_keep=1000, or remove them\n"
+    )
+    assert len(list(out.glob("ckpt_*.pt"))) == 6
+    run(settings, max_steps=8, ckpt_keep=7)
+    assert status(flags(settings, max_steps=8, resume=out, out_dir=tmp_path / "other")) == 0
+    for step in range(1, 6):
+        (out / f"ckpt_{step}.pt").unlink()
+    run(settings, max_steps=9)
 
 
 def test_the_op_set_is_recorded_and_a_resume_that_changes_it_says_so(settings, monkeypatch, capsys):
