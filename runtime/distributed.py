@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from cli import quiet_pipe
 from config import Config
 from errors import OutOfMemory, RunFailed, UserError
 
@@ -29,9 +30,10 @@ class World:
     cpu_group: object = None
 
     def say(self, *words):
-        """Prints from rank 0 alone."""
+        """Prints from rank 0 alone. Without a reader, as after `| head`, the run goes on in silence."""
         if self.rank == 0:
-            print(*words, flush=True)
+            with quiet_pipe():
+                print(*words, flush=True)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the sum of x over all ranks."""
@@ -73,7 +75,12 @@ def start(config: Config) -> World:
     if device.type == "cuda":
         if device.index is not None:
             raise UserError(f"device={config.device}: each rank takes a GPU of its own; pass --device=cuda")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        n_gpus = torch.cuda.device_count()
+        # All ranks of the machine raise this, as the first of them reports it.
+        if int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > n_gpus:
+            raise UserError(f"--nproc_per_node: this machine has {n_gpus} GPUs; start no more ranks than that")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":

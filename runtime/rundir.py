@@ -15,6 +15,7 @@ from pathlib import Path
 
 import filelock
 
+from cli import quiet_pipe
 from config import Config
 from errors import UserError
 from files import atomic_write
@@ -131,7 +132,8 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, facts: di
                 shutil.copyfile(path / name, folder / name)
         for file in old:
             file.rename(folder / file.name)
-        print(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
+        with quiet_pipe():
+            print(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
     record(path, "begun")
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | facts, indent=2) + "\n")

@@ -524,6 +524,16 @@ def test_a_bin_that_changes_under_a_run_ends_it_with_status_4(long, tmp_path, na
         assert checkpoint.load(ckpt)["step"] > 0 and metrics.read(rows)
 
 
+def test_a_run_whose_output_nobody_reads_any_longer_goes_on_and_is_saved(settings):
+    command = [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    with fault("closed output"):
+        assert process.stderr.read() == "" and process.wait(60) == 0
+        assert [row["step"] for row in result(settings)[1]] == list(range(settings["max_steps"] + 1))
+
+
 def test_a_full_disk_ends_the_run_with_status_4_and_the_checkpoint_before_whole(settings, uninterrupted):
     expected = uninterrupted(settings)
     assert faults.run(settings | {"max_steps": 3}) == 0

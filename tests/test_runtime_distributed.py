@@ -70,6 +70,16 @@ def test_a_numbered_gpu_is_the_one_that_is_used(monkeypatch):
         distributed.start(Config(device="cuda:1"))
 
 
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_more_ranks_than_gpus_are_refused_by_each_rank(monkeypatch, rank):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="^--nproc_per_node: this machine has 2 GPUs; start no more ranks than that$"):
+        distributed.start(Config(device="cuda"))
+
+
 def test_the_ranks_do_not_exchange_buffers_that_never_change(monkeypatch):
     given = {}
 
