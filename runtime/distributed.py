@@ -216,20 +216,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_name(name: str, device: torch.device) -> str:
     """Returns the dtype of activations for a setting. auto: bf16 on GPUs that have it, fp16 on older ones, fp32 elsewhere."""
-    if name == "auto":
-        name = "fp32"
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return DTYPES[name]
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
-def pick_training_dtype(config: Config, world: World, checkpoint: dict) -> str:
-    """Returns the name of the dtype to train in. auto: that of the checkpoint to resume, if any, else as pick_dtype does."""
-    name = checkpoint.get("config", {}).get("dtype", "auto") if config.dtype == "auto" else config.dtype
-    dtype = pick_dtype(name, world.device)
-    return next(name for name, value in DTYPES.items() if value == dtype)
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns torch's dtype of dtype_name."""
+    return DTYPES[dtype_name(name, device)]
 
 
 def on_device(windows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:

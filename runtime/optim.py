@@ -6,6 +6,9 @@ import torch
 
 from config import Config
 
+MOMENTUM = 0.95  # of Muon
+NEWTON_SCHULZ_STEPS = 5
+
 
 def learning_rate(step: int, c: Config) -> float:
     """Returns the learning rate of update number `step`, 1 .. max_steps: linear warm-up, then the schedule."""
@@ -96,21 +99,23 @@ class Muon(torch.optim.Optimizer):
     grad_scale = None
     found_inf = None
 
-    def __init__(self, weights: dict, adamw: torch.optim.AdamW, lr: float, weight_decay: float, momentum=0.95):
+    def __init__(self, weights: dict, adamw: torch.optim.AdamW, lr: float, weight_decay: float):
         self.adamw = adamw
         self.parts = weights
-        super().__init__(list(weights), dict(lr=lr, weight_decay=weight_decay, momentum=momentum, muon=True))
+        super().__init__(list(weights), dict(lr=lr, weight_decay=weight_decay, muon=True))
         self.param_groups += adamw.param_groups
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
         for p in group["params"]:
-            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            buffer = self.state[p]["momentum"]
             grad = p.grad if self.grad_scale is None else p.grad / self.grad_scale
-            momentum = buffer.lerp(grad, 1 - group["momentum"])
+            momentum = buffer.lerp(grad, 1 - MOMENTUM)
             n, dim = self.parts[p]
-            matrices = torch.stack(grad.lerp(momentum, group["momentum"]).chunk(n, dim))
+            matrices = torch.stack(grad.lerp(momentum, MOMENTUM).chunk(n, dim))
             update = torch.cat(orthogonalize(matrices).unbind(), dim) * (0.2 * max(matrices.shape[1:]) ** 0.5)
             new = p * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
             skip = torch.zeros((), device=p.device) if self.found_inf is None else self.found_inf
@@ -122,14 +127,14 @@ class Muon(torch.optim.Optimizer):
         self.adamw.step()
 
 
-def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
     """Returns about U V^T of each x = U S V^T (k, n, m) by a quintic Newton-Schulz iteration: singular values of 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     y = x.bfloat16() if x.is_cuda else x
     y = y.mT if tall else y
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).to(x.dtype)

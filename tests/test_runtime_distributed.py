@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import math
 import subprocess
@@ -116,9 +115,6 @@ def test_dtype_auto_is_bf16_on_gpus_that_have_it_and_fp16_on_older_ones(monkeypa
     assert distributed.pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def test_dtype_auto_is_that_of_the_checkpoint_and_fp32_in_a_new_run_on_any_cpu():
-    world, config = distributed.World(0, 1, torch.device("cpu")), Config()
-    assert distributed.pick_training_dtype(config, world, {}) == "fp32"
-    assert distributed.pick_training_dtype(config, world, {"config": {"dtype": "bf16"}}) == "bf16"
-    for name in ("bf16", "fp16"):
-        assert distributed.pick_training_dtype(dataclasses.replace(config, dtype=name), world, {}) == name
+def test_a_dtype_that_is_named_is_taken_on_any_device():
+    for name in distributed.DTYPES:
+        assert distributed.dtype_name(name, torch.device("cpu")) == distributed.dtype_name(name, torch.device("cuda")) == name
