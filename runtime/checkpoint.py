@@ -29,18 +29,21 @@ def save(path: Path, state: dict):
         torch.save(state, file)
 
 
-def load(path, device="cpu") -> dict:
+def load(path) -> dict:
     """Returns the checkpoint at `path`: a file, or a run directory, which stands for its ckpt.pt. Raises UserError."""
     path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    if path.is_dir():
+        if not (path / "ckpt.pt").exists():
+            raise UserError(f"{path}: holds neither ckpt.pt nor a Hugging Face model")
+        path = path / "ckpt.pt"
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load alone accepts a flipped byte
         if damaged:
             raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong; use an older checkpoint")
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train one with: python train.py") from None
+        raise UserError(f"{path}: no such file or folder") from None
     except UserError:
         raise
     except OSError as e:
@@ -60,7 +63,8 @@ def load(path, device="cpu") -> dict:
 
 
 def restore(path, state: dict, model, optimizer=None, loss_scale=None):
-    """Copies a checkpoint's weights into the model, its moments into the optimizer, whose settings stay its own, and its scale.
+    """Loads a checkpoint's weights into the model, and its moments and loss scale into `optimizer` and `loss_scale` if given.
+    The optimizer keeps its own learning rate, weight decay and betas.
 
     A model on the meta device takes the tensors themselves, in their dtype, so that they are in memory once. Raises UserError
     if they do not fit.

@@ -320,7 +320,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
     save(tmp_path / "run/ckpt.pt", small_model(tokenizer), tokenizer)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "to\n{"step": 2}\n')
     cases = [
-        (["none.pt"], "none.pt: no such checkpoint"),
+        (["none.pt"], "none.pt: no such file or folder"),
         (["text.pt"], "text.pt: not a checkpoint"),
         (["short.pt"], "a context of 40 tokens is too short"),
         (["wide.pt"], "do not match"),

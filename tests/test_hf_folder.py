@@ -549,7 +549,7 @@ def test_a_run_directory_is_no_hugging_face_folder(tmp_path):
     (tmp_path / "run/config.json").write_text('{"dim": 32}')
     assert huggingface.load(tmp_path / "run")["step"] == 7
     (tmp_path / "run/ckpt.pt").unlink()
-    assert "no such checkpoint" in line(tmp_path / "run")
+    assert "run: holds neither ckpt.pt nor a Hugging Face model" in line(tmp_path / "run")
 
 
 def test_export_writes_a_new_or_empty_folder_whole_or_not_at_all(tmp_path, capsys, monkeypatch):

@@ -133,7 +133,7 @@ def test_what_is_no_llama_is_refused_in_one_line(settings, tmp_path, capsys):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "x.pt").write_bytes(b"x")
-    for path, said in (("hf", "model_type=gpt2"), ("x.pt", "not a checkpoint"), ("nowhere", "no such checkpoint")):
+    for path, said in (("hf", "model_type=gpt2"), ("x.pt", "not a checkpoint"), ("nowhere", "no such file or folder")):
         assert status(flags(settings, init_from=tmp_path / path)) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1

@@ -46,8 +46,11 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
     torch.save([1], path)
     with pytest.raises(UserError, match="it has no"):
         checkpoint.load(path)
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="nothing.pt: no such file or folder$"):
         checkpoint.load(tmp_path / "nothing.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds neither ckpt.pt nor a Hugging Face model$"):
+        checkpoint.load(tmp_path / "empty")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every file")

@@ -135,7 +135,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
     save(tmp_path / "ckpt.pt", small_model(Chars(20)), Chars(20))
     save(tmp_path / "ids.pt", small_model(Ids(24)), Ids(24))
     cases = [
-        (["none.pt"], "none.pt: no such checkpoint"),
+        (["none.pt"], "none.pt: no such file or folder"),
         (["ckpt.pt", "--prompt=A"], "character 'A'"),
         (["ckpt.pt", "--prompt", "a" * 96], "prompt of 97 tokens: this model's context takes 1 to 95"),
         (["ids.pt"], "a prompt of 0 tokens cannot be continued"),

@@ -304,7 +304,7 @@ MISTAKES = {
         lambda s, t: flags(s, micro_batch_size=3),
         ["micro_batch_size=3", "8 sequences", "pass --micro_batch_size=2"],
     ),
-    "no checkpoint": (lambda s, t: flags(s, resume=t / "x.pt"), ["x.pt", "no such checkpoint"]),
+    "no checkpoint": (lambda s, t: flags(s, resume=t / "x.pt"), ["x.pt", "no such file or folder"]),
     "empty resume": (lambda s, t: flags(s, resume=""), ["resume=: expected auto, none or a checkpoint file"]),
     "device": (lambda s, t: flags(s, device="cudda"), ["device=cudda", "auto, cuda, mps or cpu"]),
     "memory": (lambda s, t: flags(s, dim=2**21, n_heads=2), ["dim=2097152", "out of memory", "a smaller model"]),
