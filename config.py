@@ -30,14 +30,14 @@ MAY_CHANGE = {
     "compile", "kernels", "micro_batch_size",
     "init_from",  # only a new run reads it; runtime.resume refuses another source than the one that the run started from
 }  # fmt: skip
-# The settings that older checkpoints lack. The defaults are what they were made with.
+# Settings that may also differ with --allow_changes=true: they affect later updates, but not which data those updates see.
+MAY_CHANGE_ON_REQUEST = {
+    "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
+}  # fmt: skip
+# Settings that did not exist when older checkpoints were written; those runs behaved as the defaults do.
 ADDED = {
     "head_dim", "rope_factor", "rope_original_seq_len", "rope_low_freq_factor", "rope_high_freq_factor", "attention_bias",
     "mlp_bias", "repeated_weight",
-}  # fmt: skip
-# Those that may differ too where --allow_changes=true asks for it: they change later updates, and not which data these see.
-MAY_CHANGE_ON_REQUEST = {
-    "learning_rate", "min_lr", "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "attn_dropout",
 }  # fmt: skip
 
 
@@ -70,7 +70,9 @@ class ModelConfig:
     tie_embeddings: bool = setting(False, "use the embedding matrix as the output head too")
     attention_bias: bool = setting(False, "biases in the projections of attention")
     mlp_bias: bool = setting(False, "biases in the projections of the feed-forward layer")
-    attn_dropout: float = setting(0.0, "share of attention probabilities dropped in training, rounded to 1/256")
+    attn_dropout: float = setting(
+        0.0, "fraction of attention probabilities dropped in training, rounded to a multiple of 1/256"
+    )
 
     def __post_init__(self):
         if self.n_kv_heads == 0:
@@ -110,7 +112,7 @@ class Config(ModelConfig):
     seed: int = setting(0, "seed of the weights, the data order and dropout", least=0)
 
     batch_size: int = setting(512, "sequences per update, over all ranks and gradient accumulation steps", least=1)
-    micro_batch_size: int = setting(64, "sequences per device and gradient accumulation step, at most", least=1)
+    micro_batch_size: int = setting(64, "maximum sequences per device in one gradient accumulation step", least=1)
     max_steps: int = setting(76294, "number of updates", least=0)
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: Muon for the blocks' matrices, AdamW for all else")
     learning_rate: float = setting(4e-4, "peak learning rate")
@@ -125,7 +127,9 @@ class Config(ModelConfig):
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
 
     repeated_weight: float = setting(
-        1.0, "weight in the loss of targets that followed their token earlier in the window; the others have 1", least=0
+        1.0,
+        "loss weight of targets that already followed the current token earlier in the window; all others have weight 1",
+        least=0,
     )
 
     eval_interval: int = setting(1000, "updates between validations; 0: never", least=0)
@@ -134,7 +138,9 @@ class Config(ModelConfig):
     log_interval: int = setting(10, "updates between log lines", least=1)
     log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "log to TensorBoard or Weights & Biases too")
     ckpt_interval: int = setting(1000, "updates between checkpoints", least=1)
-    ckpt_keep: int = setting(2, "newest checkpoints to keep; an older one replaces a damaged one on resume", least=1)
+    ckpt_keep: int = setting(
+        2, "number of recent checkpoints to keep; if the newest is damaged, resume uses the one before", least=1
+    )
     ckpt_milestones: bool = setting(False, "keep the weights of steps 1, 2, 4 ... 512, and of each milestone_interval")
     milestone_interval: int = setting(1000, "updates between milestones", least=1)
     resume: str = setting("auto", "auto: from the run directory's newest checkpoint; none: start anew; or a checkpoint file")

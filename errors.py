@@ -1,7 +1,7 @@
 """Exceptions that every package raises, and the exit status that each gives a command.
 
 0    done
-2    the user's mistake: one line that names the thing and the remedy
+2    a usage error: one line that names the thing and the remedy
 3    a training run that a signal stopped, after it was saved
 4    the run failed
 130  interrupted by Ctrl-C
@@ -16,7 +16,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """A mistake in what was asked. The message is one line that names the thing and the remedy."""
+    """A usage error. The message is one line that names the thing and the remedy."""
 
 
 class OutOfMemory(UserError):
@@ -24,7 +24,7 @@ class OutOfMemory(UserError):
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on, through no mistake in what was asked."""
+    """The run cannot go on, through no usage error."""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py                         eight GPUs of one machine (llama162m)
     python train.py --help                                       every setting, its type and default
 
-The same command resumes a run that was interrupted. Exit status: 0 done; 2 a mistake in what was asked, reported in one line;
+The same command resumes a run that was interrupted. Exit status: 0 done; 2 a usage error, reported in one line;
 3 stopped by SIGTERM or SIGINT after saving; 4 the run failed.
 """
 
@@ -60,7 +60,7 @@ def main(config: Config) -> int:
 def train(config: Config, world: distributed.World) -> int:
     """Trains, and returns the exit status: 0, or 3 if a signal stopped the run.
 
-    What cannot be trained is refused with a UserError, and leaves the run directory as it was.
+    Raises UserError for settings or data that cannot be trained, and leaves the run directory as it was.
     """
     with contextlib.ExitStack() as stack:
         world.on_rank_0(lambda: stack.enter_context(rundir.locked(Path(config.out_dir))))
@@ -130,7 +130,7 @@ class Run:
             resume.start_from(config.init_from, source, config, self.model, self.tokenizer, world)
 
     def is_done(self) -> bool:
-        """Returns whether all updates and the last evaluation have been made."""
+        """Returns whether all updates and the last evaluation are done."""
         due = due_after(self.step, self.config) if rundir.holds(self.out, self.resumed) else set()
         last = self.config.max_steps
         return self.step > last or self.step == last and not self.needs_evaluation(due)
@@ -256,8 +256,8 @@ def update(
     """Makes update number `step`, counted from 1; model may be wrapped for several ranks, micro_step may be a CUDA graph.
 
     Returns (4,) on the device: loss and gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
-    If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before anything has changed, if a
-    signal asks for it.
+    If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before changing anything, if a stop
+    signal has arrived.
     """
     per_rank, micro = distributed.split_batch(config, world)
     first = (step - 1) * config.batch_size + world.rank * per_rank  # in the run's order
@@ -298,8 +298,11 @@ def dropout_seeds(config: Config, start: int, count: int, device):
 
 
 def of_batch(config: Config, start: int, count: int, stream: int, draw) -> np.ndarray:
-    """Returns the rows of sequences start .. start + count - 1 among those that draw(generator, batch_size) makes for their
-    batch. They depend on their position in the run alone; each use has a stream of its own.
+    """Returns rows start .. start + count - 1, counted over the run, of the random array that draw(generator, batch_size) makes
+    for each batch.
+
+    A row depends only on the seed, the stream and its position in the run, not on how the batch is split; `stream` separates
+    independent uses.
     """
     rows = draw(np.random.default_rng([config.seed, start // config.batch_size, stream]), config.batch_size)
     return rows[start % config.batch_size :][:count]

@@ -149,7 +149,7 @@ class Stats:
 
 
 class Timer:
-    """Measures the step time without evaluations and checkpoints, and the time to go with them."""
+    """Measures the time per step, excluding evaluations and checkpoints, and estimates the remaining time, including them."""
 
     def __init__(self, config: Config, world):
         self.config = config
@@ -165,7 +165,7 @@ class Timer:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leaves the time that its block takes out of the step time."""
+        """Excludes the time spent in its block from the step time."""
         started = time.perf_counter()
         yield
         if self.begun:

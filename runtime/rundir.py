@@ -26,7 +26,7 @@ OF_A_RUN = ("ckpt*.pt", "milestone_*.pt", "config.json", "metrics.jsonl", "measu
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Makes the run directory and holds it until the block ends; leaves it as it was if nothing came of the run.
+    """Creates and locks the run directory until the block ends; removes it again if the run wrote nothing.
 
     Raises UserError if the directory cannot be made or written to, or if another run holds it.
     """
