@@ -13,7 +13,7 @@ import sys
 
 import config as settings
 from cli import exit_on_interrupt, run_command
-from errors import RunFailed, UserError, is_out_of_memory
+from errors import RunFailed, UserError, about, is_out_of_memory
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -99,7 +99,8 @@ class Run:
         self.fingerprint = bins.fingerprint(folder)
         self.copy_tests = {}
         if config.copy_eval_interval:  # fewer samples than eval_copy.py takes, the same at every step
-            self.copy_tests = eval_copy.make_tests(self.tokenizer, config.seq_len, samples=50)
+            with about(f"seq_len={config.seq_len}"):
+                self.copy_tests = eval_copy.make_tests(self.tokenizer, config.seq_len, samples=50)
         checks.check_data(config, self.train_bin, self.tokenizer)
 
         # Model
@@ -264,6 +265,7 @@ def update(
     last = first + per_rank - micro
     scale = loss_scale.scale
     own = torch.zeros((), device=world.device)
+    kept = 0.0  # share of this rank's targets that are not left out
     optimizer.zero_grad()
     for position in range(first, last + 1, micro):  # gradient accumulation
         stop.check()
@@ -272,14 +274,17 @@ def update(
         share = micro / per_rank
         if config.repeated_weight != 1:
             chance = of_batch(config, position, micro, 2, lambda rng, size: rng.random((size, config.seq_len)))
-            y, kept = reweighted(ids, y, config.repeated_weight, chance)
-            share *= kept  # a target left out counts as a loss of 0: the mean is the same for any split of the batch
+            y, of_these = reweighted(ids, y, config.repeated_weight, chance)
+            share *= of_these  # a target left out counts as a loss of 0: the gradients are the same for any split of the batch
         # The ranks' gradients are averaged in the last backward pass.
         no_sync = model.no_sync() if world.size > 1 and position != last else contextlib.nullcontext()
         with no_sync:
             loss = micro_step(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
         own += loss * share
+        kept += share
     loss = world.sum(own) / world.size
+    if config.repeated_weight != 1:  # logged per target that counts
+        loss = loss / (world.sum(torch.full_like(own, kept)) / world.size)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scale
     clip = (norm / config.grad_clip).clamp(min=1) if config.grad_clip else 1.0
     found_inf = (~(loss + norm).isfinite()).float()
