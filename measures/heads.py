@@ -197,7 +197,7 @@ SCORES = {
     # i = 1 .. s+1, the whole diagonal (Main_Demo of TransformerLens): a perfect head scores s/(s+1).
     "diagonal": Score("", lambda p: p.diagonal(p.s - 1)),
     # From the second occurrence of a token to the first: from s+i to i.
-    "duplicate": Score("duplicate token: attention to its earlier copy", lambda p: p.diagonal(p.s)),
+    "duplicate": Score("duplicate token: attention to its first copy", lambda p: p.diagonal(p.s)),
     # From each token to the one before it, `lead` among them.
     "previous": Score(
         "previous token: attention to the one before", lambda p: p.probs.diagonal(-1, dim1=-2, dim2=-1), headline=True

@@ -78,7 +78,7 @@ def _context(result: dict) -> list[str]:
     losses, recall = result["context"]["induction_loss"], result["context"]["recall"]
     lines = [
         "Use of the context",
-        _row("loss on random tokens: first, second occurrence", [f"{losses['first']:.3f}, {losses['second']:.3f}"]),
+        _row("loss on random tokens (1st, 2nd occurrence)", [f"{losses['first']:.3f}, {losses['second']:.3f}"]),
         _row(
             "recall of the next token, in order", [f"{recall['accuracy']:.3f}; mean rank of the right one {recall['rank']:.1f}"]
         ),

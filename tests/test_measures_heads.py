@@ -12,6 +12,7 @@ from data.tokenizer import Bytes
 from errors import UserError
 from kernels import eager
 from measures import batching, heads
+from measures.table import WIDTH
 from model import Llama
 from tests.handbuilt import induction_model, uniform_model
 
@@ -236,3 +237,7 @@ def test_a_context_too_short_for_two_tokens_is_named():
     with pytest.raises(UserError, match="seq_len=7: .* 4 times, which take 8"):
         heads.prefix_matching(small_model(seq_len=7), LETTERS, None)
     assert heads.attention_scores(small_model(seq_len=4), LETTERS, None)["induction"].shape == (3, 4)
+
+
+def test_titles_leave_a_gap_before_the_first_value_of_the_table():
+    assert all(len(score.title) <= WIDTH - 4 for score in heads.SCORES.values())
