@@ -7,8 +7,8 @@ At 65,536 tokens and a vocabulary of 32,000 the logits are the largest tensor of
 kernel reads and writes each of them once, 8.4 GB: it computes the loss of a row and overwrites the row with its gradient, in
 a buffer that this op allocated and nobody else sees. dx and dw are formed from it at once: only dx and dw, the size of x and
 weight, are kept for backward, which scales them. If the logits would not fit into memory, the rows are processed in chunks,
-and dw is summed over these in fp32. dw is divided by the number of targets only in backward: in fp16 it is infinite where the
-sum over the rows exceeds 65,504.
+and dw is summed over these in fp32. Only backward divides dw by the number of targets, and before that its sum over the rows
+may exceed fp16's 65,504: for fp16 inputs dw is computed and kept in fp32, and rounded once, in backward.
 
 A program processes one row, block by block, in two passes: one for the running maximum m_i and sum of exponentials l_i
 (Milakov & Gimelshein 2018), one for the gradient. The second pass reads from the L2 cache: 132 multiprocessors with 4 rows of
@@ -81,52 +81,69 @@ def loss_and_dlogits(logits, targets, gradient=True):
 
 
 def chunk_rows(x, weight):
-    """Returns how many rows of logits may be in memory at once: an eighth of the GPU's, or 1 GiB on a CPU."""
+    """Returns how many rows of logits to materialize at once: as many as fill an eighth of the GPU's memory, or 1 GiB on
+    a CPU.
+    """
     size = torch.cuda.get_device_properties(x.device).total_memory // 8 if x.is_cuda else 2**30
-    return max(1, size // (weight.shape[0] * x.element_size()))
+    copies = {x.dtype, sum_dtype(x.dtype)}  # for fp16, dw is computed from a second copy in fp32
+    return max(1, size // (weight.shape[0] * sum(dtype.itemsize for dtype in copies)))
 
 
-@torch.library.custom_op("copyllama::linear_cross_entropy_sum", mutates_args=())
+def sum_dtype(dtype):
+    """Returns the dtype of dw before its division by the number of targets."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# Inductor's cache on disk knows an op by its name: one whose arguments or results change takes a new name.
+@torch.library.custom_op("copyllama::linear_cross_entropy_forward", mutates_args=())
 def linear_cross_entropy_sum(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the sum of the losses in fp32 and, with `gradient`, dx and dw (else empty), `rows` rows at a time."""
+    """Returns the sum of the losses in fp32 and, with `gradient`, dx and dw (else empty), `rows` rows at a time.
+
+    dx has the dtype of x, and dw that of weight, or fp32 if that is fp16.
+    """
     N, targets = len(x), targets.contiguous()
+    summed = sum_dtype(weight.dtype)
     losses = x.new_empty(N, dtype=torch.float32)
     buffer = x.new_empty(min(N, rows), triton.cdiv(len(weight), ALIGNED) * ALIGNED)
     dx = x.new_empty(x.shape if gradient else 0)
-    dw = weight.new_empty(0)
-    for start in range(0, max(N, 1), rows):  # no rows at all are one empty chunk, which makes dw zero
+    dw = weight.new_empty(0, dtype=summed)
+    for start in range(0, max(N, 1), rows):  # N = 0 still runs one empty chunk, which makes dw zero
         part = slice(start, start + rows)
         logits = torch.mm(x[part], weight.T, out=buffer[: len(x[part]), : len(weight)])  # (rows, V)
         losses[part] = loss_and_dlogits(logits, targets[part], gradient)
         if gradient:
             torch.mm(logits, weight, out=dx[part])
-            dw_part = logits.T @ x[part]
+            dw_part = logits.to(summed).T @ x[part].to(summed)
             dw = dw_part if start == 0 else dw.float() + dw_part
-    return losses.sum(), dx, dw.to(weight.dtype)
+    return losses.sum(), dx, dw.to(summed)
 
 
 @linear_cross_entropy_sum.register_fake
 def _(x, weight, targets, rows, gradient):
-    dx, dw = (t.new_empty(t.shape if gradient else 0) for t in (x, weight))
+    dx = x.new_empty(x.shape if gradient else 0)
+    dw = weight.new_empty(weight.shape if gradient else 0, dtype=sum_dtype(weight.dtype))
     return x.new_empty((), dtype=torch.float32), dx, dw
 
 
-@torch.library.custom_op("copyllama::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op("copyllama::linear_cross_entropy_gradient", mutates_args=())
 def linear_cross_entropy_backward(dx: torch.Tensor, dw: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns dx g and dw g. An op without an autograd formula, so that a second derivative is refused and not wrong."""
-    return dx * g, dw * g
+    """Returns dx g and dw g in the dtype of dx, which is that of x and weight.
+
+    It has no autograd formula, so that double backward raises an error instead of returning a wrong result.
+    """
+    return dx * g, (dw * g).to(dx.dtype)
 
 
 @linear_cross_entropy_backward.register_fake
 def _(dx, dw, g):
-    return dx.new_empty(dx.shape), dw.new_empty(dw.shape)
+    return dx.new_empty(dx.shape), dx.new_empty(dw.shape)
 
 
 def save(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # dx and dw are outputs that nobody differentiates
+    ctx.set_materialize_grads(False)  # no gradient flows into dx and dw
 
 
 def gradient(ctx, g, *_):
@@ -144,4 +161,6 @@ def linear_cross_entropy(x, weight, targets):
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     total, _, _ = linear_cross_entropy_sum(x, weight, targets, chunk_rows(x, weight), needed)
     count = (targets != IGNORED).sum()
-    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))  # without targets: NaN, and gradients of 0
+    return torch.where(
+        count > 0, total / count.clamp(min=1), float("nan")
+    )  # no targets: the loss is NaN and its gradients are zero
