@@ -58,7 +58,7 @@ def store_rotated_back(
     STRIDE: tl.constexpr,  # of a row
     D: tl.constexpr,
 ):
-    """Stores the gradient of a rotated head, at consecutive positions, as that of the head before its rotation."""
+    """Applies the inverse rotation to a tile of gradients and stores it."""
     HALF: tl.constexpr = D // 2
     n, i = tl.arange(0, x.shape[0])[:, None], tl.arange(0, HALF)[None, :]
     x1, x2 = tl.split(tl.permute(x.reshape(x.shape[0], 2, HALF), (0, 2, 1)))  # (ROWS, HALF)
@@ -337,8 +337,8 @@ def tiles(device):
 
 
 def tile(table, kernel, dtype, D, dropout_p, group=1):
-    """Returns the block sizes and launch options of a kernel for `group` query heads per key head. fp32 takes the smallest:
-    larger accumulators spill.
+    """Returns the block sizes and launch options of a kernel for `group` query heads per key head. fp32 uses the smallest
+    tile, since larger accumulators spill.
     """
     way = " dropout" if dropout_p else " grouped" if group > 1 and kernel == "dkdv" else ""
     queries, keys, warps, stages = SMALLEST if dtype == torch.float32 else table[kernel + way][D]
@@ -352,7 +352,8 @@ def check(q, k, v, dropout_p, seed):
     assert H % Hkv == 0, f"{H} query heads: expected a multiple of the {Hkv} key heads"
     assert 1 <= Tq <= Tk, f"{Tq} queries for {Tk} keys: expected 1 to {Tk}, the last positions"
     assert D in LARGE_TILES["forward"], f"head dim {D}: the fused attention takes 16, 32, 64 or 128; use --kernels=sdpa"
-    assert 0 <= dropout_p < 1 and (dropout_p == 0 or seed.shape == (B,)), f"dropout {dropout_p}: expected 0 <= p < 1, seed (B,)"
+    assert 0 <= round(dropout_p * 256) < 256, f"dropout {dropout_p}: expected 0 <= p <= 255/256"
+    assert dropout_p == 0 or seed.shape == (B,), f"seed {tuple(seed.shape)}: expected {(B,)}"
     assert dropout_p == 0 or seed.dtype == torch.int64, f"seed is {seed.dtype}: expected int64"
 
 
@@ -380,6 +381,8 @@ def forward(q, k, v, dropout_p, seed):
     check(q, k, v, dropout_p, seed)
     seed = rows(seed) if dropout_p else None
     out, lse = empty_outputs(q)
+    if q.shape[1] % STATS_ROWS:
+        lse.zero_()  # a smaller tile does not reach the end of the padding, and an op must not return uninitialized memory
     launch("forward", attention_forward_kernel, rows(q), rows(k), rows(v), (out, lse, seed), dropout_p)
     return out, lse
 
@@ -422,7 +425,7 @@ def attention_backward(
 ) -> torch.Tensor:
     """Returns the gradients of q and k before their rotation and of v, packed as (B, Tk, H + 2 Hkv, D).
 
-    cos, sin (Tk, D/2) fp32. Where there are fewer queries than keys, the rows of q before the first are not written.
+    cos, sin (Tk, D/2) fp32. If Tq < Tk, the dq rows of the first Tk - Tq positions are left uninitialized.
     """
     q, k, v, do, cos, sin = rows(q), rows(k), rows(v), do.contiguous(), cos.contiguous(), sin.contiguous()
     seed = rows(seed) if dropout_p else None

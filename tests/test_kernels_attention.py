@@ -201,18 +201,27 @@ def test_what_it_cannot_do_is_said(change, said):
         causal_attention(*qkv(*shape.values()))
 
 
-def test_seeds_of_another_dtype_are_refused():
+@pytest.mark.parametrize("p", [-0.1, 0.999, 1.0])
+def test_a_dropout_that_is_rounded_to_all_keys_is_refused(p):
+    with pytest.raises(AssertionError, match="expected 0 <= p <= 255/256"):
+        causal_attention(*qkv(2, 9, 9, 2, 1, 32), p, some_seed(2))
+
+
+def test_seeds_of_another_shape_or_dtype_are_refused():
+    with pytest.raises(AssertionError, match=r"seed \(3,\): expected \(2,\)"):
+        causal_attention(*qkv(2, 9, 9, 2, 1, 32), 0.5, some_seed(3))
     with pytest.raises(AssertionError, match="seed is torch.int32: expected int64"):
         causal_attention(*qkv(2, 9, 9, 2, 1, 32), 0.5, some_seed(2).int())
 
 
-def test_registration_holds():
-    q, k, v = qkv(2, 9, 9, 4, 2, 32, torch.bfloat16)
+@pytest.mark.parametrize("dtype, Dh", [(torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float32, 32)])
+def test_registration_holds(dtype, Dh):
+    q, k, v = qkv(2, 9, 9, 4, 2, Dh, dtype)
     seed = some_seed(2)
     torch.library.opcheck(attention, (q, k, v, 0.25, seed))
     torch.library.opcheck(attention, (q, k, v, 0.0, None))
     check_registration(lambda q, k, v, seed: causal_attention(q, k, v, 0.25, seed), [q, k, v, seed], [torch.randn_like(q)])
-    inputs = [torch.cat((q, k, v), dim=2).detach().requires_grad_(), *table(9, 32)]
+    inputs = [torch.cat((q, k, v), dim=2).detach().requires_grad_(), *table(9, Dh)]
     torch.library.opcheck(packed_attention, (*inputs, 2, 0.25, seed))
     check_registration(lambda *xs: rotary_attention(*xs, 2, 0.25, seed), inputs, [torch.randn_like(q)])
 
