@@ -8,8 +8,8 @@
     python bench.py bytes [CONFIG.py] [--name=value ...]       bytes that a training step moves outside of matmuls, per kernel
     python bench.py data                    data.prepare on this Python's standard library, against encode() in a bare loop
 
-On a GPU `train` takes llama162m at a batch of 64 and `copy` copyrun; on a CPU tiny and text, and tiny. --name=value changes
-a setting. The modules in benchmarks/ say what is measured and how.
+Default configs: on a GPU, `train` uses llama162m at a batch of 64 and `copy` uses copyrun; on a CPU, `train` uses tiny and
+text, and `copy` uses tiny. --name=value changes a setting. The modules in benchmarks/ say what is measured and how.
 """
 
 import argparse

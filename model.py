@@ -122,7 +122,9 @@ class Llama(nn.Module):
         self.cos, self.sin = rotary_table(self.config, self.embed.weight.device)
 
     def _apply(self, fn, recurse=True):
-        """Moves the model without rounding the rotary table, as bf16 angles lose positions beyond 256, or untying lm_head."""
+        """Moves or casts the model, but keeps the rotary table in fp32 (in bf16, positions beyond 256 collide) and lm_head
+        tied.
+        """
         self.cos = self.sin = None
         super()._apply(fn, recurse)
         if self.config.tie_embeddings:
@@ -166,7 +168,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, tokens):
-        """Yields the attention probabilities (B, H, T, T) of one layer after the other, keeping none."""
+        """Yields the attention probabilities (B, H, T, T) of each layer in turn, without storing them."""
         rope = self.rope(0, tokens.shape[1])
         x, residual, norms = self.embedded(tokens)
         for block, norm in zip(self.blocks, norms, strict=True):

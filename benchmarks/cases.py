@@ -49,7 +49,7 @@ def outputs(f, inputs) -> tuple:
 
 
 def run(f, inputs, grads) -> tuple:
-    """Returns the outputs of f and the gradients of those inputs that want one, given the outputs' gradients."""
+    """Returns the outputs of f and the gradients of the inputs that require one, given the outputs' gradients."""
     out = outputs(f, inputs)
     return *out, *torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grads)
 

@@ -1,4 +1,4 @@
-"""Copying as soon as one GPU allows: llama162m's model on the Python source text of the machine, in small batches.
+"""The shortest time to copying on one GPU: llama162m's model on the Python source text of the machine, in small batches.
 
     python bench.py copy configs/copyrun.py
 

@@ -17,8 +17,6 @@ import torch
 from errors import UserError, first_line
 
 HEAD_DIMS = (16, 32, 64, 128)  # supported by the Triton attention
-# Compute capabilities (major, minor) on which `bench.py check` found SDPA faster; 9.0 is not among them.
-SDPA_IS_FASTER = ()
 
 
 def choose(name: str, device, head_dim: int, dtype=None, say=None):
@@ -41,8 +39,6 @@ def choose(name: str, device, head_dim: int, dtype=None, say=None):
         if name == "auto":
             if device.type == "cpu":
                 reason = "this is a CPU"
-            elif not reason and torch.cuda.get_device_capability(device) in SDPA_IS_FASTER:
-                reason = "it is faster on this generation of GPUs"
             elif dtype == torch.float32:
                 reason = reason or "the Triton attention is tuned for 16-bit activations"
             name = "sdpa" if reason else "fused"

@@ -3,7 +3,7 @@
     h = x (+ residual)    r = 1 / sqrt(mean(h^2) + eps)    y = h r w
     g = dy w              dh = r g - h r^3 mean(g h) (+ the gradient of h itself)    dw = sum over rows of dy h r
 
-Both are bound by memory. Each element is moved once; per element norm forward moves 2 (x; y), add + norm forward 4 (x,
+Both passes are memory-bound. Each element is moved once; per element norm forward moves 2 (x; y), add + norm forward 4 (x,
 residual; h, y), norm backward 3 (x, dy; dx), add + norm backward 4 (h, dy, dh; dx). Only x or h is saved for backward: its
 rows are read there anyway, and both row sums, of h^2 and of g h, come from the same pass, so recomputing r costs no traffic.
 
@@ -83,7 +83,9 @@ FORWARD, BACKWARD = 4096, 2048  # elements that a program holds at a time
 
 
 def tile(D, elements):
-    """Returns the block size that holds a row, the number of rows that a program holds, and its warps: wide rows spill on 4."""
+    """Returns the block size that holds a row, the number of rows that a program holds, and its number of warps (wide rows
+    spill with 4).
+    """
     block = triton.next_power_of_2(D)
     return dict(BLOCK_D=block, ROWS=max(1, elements // block), num_warps=min(16, max(4, block // 1024)))
 

@@ -7,7 +7,7 @@ from errors import UserError, first_line
 
 
 def compile_blocks(model, config: Config, world):
-    """Compiles block by block on CUDA and CPUs. If torch.compile does not work, `auto` goes on without it."""
+    """Compiles block by block on CUDA and CPUs. If torch.compile does not work, `auto` continues without it."""
     if config.compile == "off" or (config.compile == "auto" and world.device.type not in ("cuda", "cpu")):
         return
     world.say("compiling block by block: the first step can take a minute (--compile=off avoids it)")
@@ -17,19 +17,20 @@ def compile_blocks(model, config: Config, world):
         reason = f"torch.compile does not work on this machine ({first_line(e)})"
         if config.compile == "on":
             raise UserError(f"compile=on: {reason}; pass --compile=off") from None
-        world.say(f"warning: {reason}; going on without it, slower")
+        world.say(f"warning: {reason}; continuing without it, more slowly")
         return
     for block in model.blocks:
         block.compile(fullgraph=True)
 
 
 class Graph:
-    """Forward and backward of a micro-batch, recorded at the first call as a CUDA graph, which the host launches whole.
+    """Forward and backward of a micro-batch, captured as a CUDA graph at the first call and replayed with a single launch
+    afterwards.
 
     micro_step(model, *inputs) computes the gradients of the parameters and returns the loss; inputs are tensors or None. Small
-    batches need it: launching llama162m's kernels one by one took the host of an H200 36 ms, computing 16 sequences of 512
-    tokens takes 17. A graph reads and writes the same memory each time: all calls must have the same shapes, and the gradients
-    are replaced.
+    batches need this: at 16 sequences of 512 tokens, an H200's host takes 36 ms to launch llama162m's kernels one by one, while
+    the GPU computes them in 17 ms. A graph reads and writes the same memory each time: all calls must have the same shapes, and
+    the gradients are replaced.
     """
 
     def __init__(self, micro_step):
@@ -52,7 +53,7 @@ class Graph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # compiles, and allocates what cannot be allocated while recording
+            for _ in range(2):  # compiles, and makes the allocations that capture does not allow
                 self.micro_step(model, *self.inputs)
                 model.zero_grad()
         torch.cuda.current_stream().wait_stream(side)

@@ -262,15 +262,6 @@ def test_auto_does_without_triton_where_its_first_launch_fails(gpu):
             kernels.choose("fused", CUDA, 64)
 
 
-def test_auto_follows_the_table_of_cards_on_which_sdpa_is_faster(gpu):
-    pytest.importorskip("triton", reason="Triton is not installed: there is no choice")
-    gpu.setattr(kernels, "SDPA_IS_FASTER", ((9, 0),))
-    ops, line = auto(CUDA)
-    assert ops is sdpa and line == "kernels: sdpa, because it is faster on this generation of GPUs"
-    gpu.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert auto(CUDA)[0].__name__ == "kernels.fused"
-
-
 def test_a_named_set_is_taken_or_refused():
     assert kernels.choose("eager", CPU, 24) is eager and kernels.choose("sdpa", CPU, 24) is sdpa
     with pytest.raises(UserError, match="head dims 16, 32, 64, 128, not 24; use --kernels=auto"):
