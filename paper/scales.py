@@ -69,7 +69,7 @@ SCALES = {
         "configs/paper/gpu.py", settings={},
         batches={16: 16000, 32: 8000, 64: 8000}, rates=(2.5e-4, 5e-4, 1e-3, 2e-3), layers=(12,),
         grid=dict.fromkeys((256, 512, 1024), {16: 8000, 32: 8000, 64: 8000}),
-        threshold=0.5, samples=100,
+        copying="copy_token_top128", threshold=0.3, attention=0.3, samples=100,
     ),
     "paper": Scale(
         "configs/llama162m.py", settings={},
