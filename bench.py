@@ -14,6 +14,7 @@ text, and `copy` uses tiny. --name=value changes a setting. The modules in bench
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ CONFIGS = {
 READS = {
     "check": (),
     "train": ("configs", "settings", "rounds", "nanogpt", "json"),
-    "copy": ("configs", "settings", "rounds", "until", "json"),
+    "copy": ("configs", "settings", "rounds", "until", "alphabet", "json"),
     "kernels": ("json",),
     "tiles": ("json",),
     "bytes": ("configs", "settings"),
@@ -43,7 +44,7 @@ READS = {
 def unread(args, settings: list[str]) -> list[str]:
     """Returns the arguments that the command does not read."""
     reads = READS[args.what]
-    options = [name for name in ("rounds", "until", "nanogpt", "json") if getattr(args, name) is not None]
+    options = [name for name in ("rounds", "until", "alphabet", "nanogpt", "json") if getattr(args, name) is not None]
     found = [f"--{name}" for name in options if name not in reads]
     if "configs" not in reads:
         found += args.configs
@@ -70,7 +71,7 @@ def each_config(args, settings: list[str]) -> Iterator[dict]:
         argv, name = [config, *settings], Path(config).stem
         print(" ".join([name, *settings]), flush=True)
         if args.what == "copy":
-            parts = copying.copy(argv, args.until or 0.9, args.rounds or 3)
+            parts = copying.copy(argv, args.until or 0.9, args.rounds or 3, args.alphabet or "full")
         else:
             parts = training.compare(argv, args.rounds or 10, args.nanogpt)
         for part in parts:
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="for train, copy and bytes (default: by the device)")
     parser.add_argument("--rounds", type=int, help="for train (10) and data (5); for copy, the number of seeds (3)")
     parser.add_argument("--until", type=float, choices=(0.5, 0.9), help="for copy: the exact match to reach (0.9)")
+    parser.add_argument("--alphabet", metavar="NAME", help="for copy: score copy_exact_NAME, such as top128 (default: full)")
     parser.add_argument("--nanogpt", metavar="PATH", help="for train: a checkout of nanoGPT, one more baseline")
     parser.add_argument("--json", metavar="FILE", help="write the result to this file too; not for check and bytes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -128,4 +130,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C, the processes that it started are ended
     sys.exit(run_command(main, sys.argv[1:]))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -248,23 +249,54 @@ def test_ratios_are_of_the_same_round():
 
 
 def test_a_level_is_reached_at_the_second_of_two_evaluations():
-    rows = [{"step": i, copying.SCORE: score} for i, score in enumerate((0.6, 0.4, 0.5, 0.55, 0.95, 0.91, 0.9))]
-    rows.insert(3, {"step": 99})  # a log row between two evaluations
-    assert copying.reached(rows, 0.5)["step"] == 3 and copying.reached(rows, 0.9)["step"] == 5
-    assert copying.reached(rows, 0.93) is None
+    rows = [{"step": i, "score": score} for i, score in enumerate((0.6, 0.4, 0.5, 0.55, 0.95, 0.91, 0.9))]
+    assert copying.reached(rows, 0.5, "score")["step"] == 3 and copying.reached(rows, 0.9, "score")["step"] == 5
+    assert copying.reached(rows, 0.93, "score") is None
 
 
-def test_a_run_is_timed_until_it_copies(dataset, monkeypatch):
-    argv = [str(ROOT / "configs/tiny.py"), f"--data={dataset}", *EAGER, "--eval_interval=0"]
-    shape = SHAPE | dict(vocab_size=17, seq_len=96, micro_batch_size=4, max_steps=100000, copy_eval_interval=1)
+def copy_argv(dataset, max_steps=100000) -> list[str]:
+    """A run that tests copying after every update, and logs each."""
+    shape = SHAPE | dict(vocab_size=17, seq_len=96, micro_batch_size=4, copy_eval_interval=1, log_interval=1, eval_interval=0)
+    settings = [f"--{k}={v}" for k, v in (shape | dict(max_steps=max_steps)).items()]
+    return [str(ROOT / "configs/tiny.py"), f"--data={dataset}", *EAGER, *settings]
+
+
+@pytest.mark.parametrize("alphabet", ["full", "hex16"])
+def test_a_run_is_timed_until_it_copies(alphabet, dataset, monkeypatch):
     monkeypatch.setattr(copying, "LEVELS", (0.0, 1.1))  # one that any score reaches, and one that none does
-    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in shape.items())], until=0.0)
-    assert found.keys() == {"0.0"} and found["0.0"]["step"] == 2  # stopped, not run to its end
+    *curves, found = copying.time_to_copy(copy_argv(dataset), 0.0, alphabet)
+    assert found.keys() == {"curve", "0.0"} and found["0.0"]["step"] == 2  # stopped, not run to its end
     assert found["0.0"]["tokens"] == 2 * 4 * 96 and 0.5 < found["0.0"]["seconds"] < 120
-    found = copying.time_to_copy([*argv, *(f"--{k}={v}" for k, v in (shape | dict(max_steps=2)).items())], until=1.1)
+    assert len(curves) == 2 and [step for _, step, _ in found["curve"]] == [1, 2]
+    *_, found = copying.time_to_copy(copy_argv(dataset, max_steps=2), 1.1, alphabet)
     assert found["1.1"] is None and found["0.0"]["step"] == 2
+
+
+def test_a_run_that_is_refused_or_tests_another_alphabet_is_one_line(dataset):
     with pytest.raises(UserError, match="--lr: no such option"):
-        copying.time_to_copy([*argv, "--lr=1"], until=0.0)
+        list(copying.time_to_copy([*copy_argv(dataset), "--lr=1"], until=0.9))
+    with pytest.raises(UserError, match="^--alphabet=top128: the copy test of this run has full, hex16$"):
+        list(copying.time_to_copy(copy_argv(dataset), 0.9, "top128"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the run is found through /proc")
+def test_sigterm_keeps_the_curve_so_far_and_ends_the_run(dataset, tmp_path):
+    path = tmp_path / "copy.json"
+    command = [sys.executable, "bench.py", "copy", *copy_argv(dataset), f"--json={path}"]
+    bench = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert bench.stdout.readline().startswith("tiny")
+    assert bench.stdout.readline().startswith("seed 0: step 1, ")
+    assert bench.stdout.readline().startswith("seed 0: step 2, ")
+    parents = {
+        int(stat.parent.name): stat.read_text().rpartition(")")[2].split()[1] for stat in Path("/proc").glob("[0-9]*/stat")
+    }
+    (run,) = (pid for pid, parent in parents.items() if parent == str(bench.pid))
+    bench.send_signal(signal.SIGTERM)
+    _, stderr = bench.communicate(timeout=60)
+    assert (bench.returncode, stderr) == (130, "interrupted\n")
+    assert not Path(f"/proc/{run}").exists()
+    stored = json.loads(path.read_text())["copy"]["tiny"]
+    assert stored["alphabet"] == "full" and [step for _, step, _ in stored["seeds"][0]["curve"]][:1] == [1]
 
 
 def test_a_mistake_is_one_line():
@@ -276,6 +308,7 @@ def test_a_mistake_is_one_line():
 @pytest.mark.parametrize("what", bench.READS)
 def test_a_command_refuses_what_it_does_not_read(what):
     arguments = {"configs": "x.py", "settings": "--dim=16", "rounds": "--rounds=2", "until": "--until=0.5"}
+    arguments["alphabet"] = "--alphabet=hex16"
     for name, word in (arguments | {"nanogpt": "--nanogpt=x", "json": "--json=x.json"}).items():
         if name not in bench.READS[what]:
             shown = word.partition("=")[0] if name not in ("configs", "settings") else word
