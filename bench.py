@@ -114,9 +114,7 @@ def main(argv: list[str]) -> int:
         print(traffic.table(load([*(args.configs or [str(ROOT / "configs/llama162m.py")]), "--batch_size=64", *settings])))
         return 0
     if args.one:
-        c = load([*args.configs, *settings])
-        given = c.device == "cuda" and any(word.startswith("--micro_batch_size") for word in settings)
-        training.take_turns(c, args.one, args.nanogpt, c.micro_batch_size if given else None)
+        training.take_turns(load([*args.configs, *settings]), args.one, args.nanogpt)
         return 0
     about = machine.machine()  # before anything is timed: the commit may change while it runs
     if args.what == "data":

@@ -2,14 +2,13 @@
 
 Each model has a process of its own, which waits while another has its turn. In each round all take one, so that whatever
 slows the machine down slows all of them. A step is an update of batch_size sequences: data to the device, forward, backward,
-clipping, AdamW. On a GPU each model uses the fastest micro-batch that fits, or that of --micro_batch_size. On a CPU ours uses
-its config's, the baselines take the whole batch, and ours runs a second time with one rank per core. A turn takes `SECONDS`
-or more; its result is the median step, and the mean CPU time of a step over all threads and ranks.
+clipping, AdamW. All use the config's micro_batch_size, except that on a CPU the baselines take the whole batch; a model that
+does not fit says so in its row. On a CPU ours runs a second time with one rank per core. A turn takes `SECONDS` or more; its
+result is the median step, and the mean CPU time of a step over all threads and ranks.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import resource
 import statistics
@@ -53,15 +52,13 @@ def part_of(name: str) -> str:
 
 
 class Steps:
-    """A model and its optimizer, ours or a baseline's, and training steps of them: ours are the trainer's own updates.
+    """A model and its optimizer, ours or a baseline's, and training steps of them: ours are the trainer's own updates."""
 
-    given: the micro-batch to use, see `micro`.
-    """
-
-    def __init__(self, c: Config, who: str, world: distributed.World, nanogpt: str | None = None, given: int | None = None):
-        self.config, self.who, self.world, self.given = c, who, world, given
+    def __init__(self, c: Config, who: str, world: distributed.World, nanogpt: str | None = None):
+        self.config, self.who, self.world = c, who, world
         self.cuda = world.device.type == "cuda"
         self.batch = c.batch_size // world.size
+        self.micro = min(c.micro_batch_size if who == OURS or self.cuda else self.batch, self.batch)
         windows = np.random.default_rng(0).integers(c.vocab_size, size=(8 * self.batch, c.seq_len + 1))
         torch.manual_seed(0)
         if who == OURS:
@@ -73,7 +70,7 @@ class Steps:
             self.loss_scale = train.LossScale(dtype, world.device)
             self.ranks = distributed.data_parallel(self.model, world)
             self.stop = distributed.StopSignal(world)
-            self.step, self.micro_steps = 0, {}
+            self.step, self.micro_step = 0, None
             self.folder = tempfile.TemporaryDirectory()
             windows.astype("<u2").tofile(f"{self.folder.name}/train.bin")
             self.bin = bins.Bin(f"{self.folder.name}/train.bin", c.seq_len, c.vocab_size)
@@ -85,35 +82,34 @@ class Steps:
         else:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=self.cuda)
 
-    def update(self, micro: int):
+    def update(self):
         if self.who == OURS:
             self.step += 1
-            c = dataclasses.replace(self.config, micro_batch_size=micro)
-            if micro not in self.micro_steps:  # one at a time, as a graph keeps its memory
-                self.micro_steps = {micro: train.graphed(train.forward_backward, c, self.world)}
-            micro_step = self.micro_steps[micro]
-            train.update(self.step, self.ranks, self.optimizer, self.loss_scale, self.bin, c, self.world, self.stop, micro_step)
+            c = dataclasses.replace(self.config, micro_batch_size=self.micro)
+            self.micro_step = self.micro_step or train.graphed(train.forward_backward, c, self.world)
+            own = self.ranks, self.optimizer, self.loss_scale, self.bin, c, self.world, self.stop
+            train.update(self.step, *own, self.micro_step)
             return
         self.optimizer.zero_grad()
-        for i in range(0, self.batch, micro):
-            x, y = distributed.on_device(self.windows[i : i + micro], self.world.device)
+        for i in range(0, self.batch, self.micro):
+            x, y = distributed.on_device(self.windows[i : i + self.micro], self.world.device)
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.cuda):
                 loss = self.model(x, y)
-            (loss * (micro / self.batch)).backward()
+            (loss * (self.micro / self.batch)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
 
-    def seconds(self, micro: int) -> tuple[float, float]:
+    def seconds(self) -> tuple[float, float]:
         """Takes a turn, after two steps that are not counted. Returns the median step and the mean CPU time of a step."""
         for _ in range(2):
-            self.update(micro)
+            self.update()
         times, started, cpu = [], time.perf_counter(), time.process_time()
-        at_once = 5 if self.cuda else 1  # as in training, the host runs ahead of a GPU
-        while self.world.any(time.perf_counter() - started < SECONDS or len(times) < 5):  # the ranks have to agree
+        at_once, least = (5, 2) if self.cuda else (1, 5)  # as in training, the host runs ahead of a GPU
+        while self.world.any(time.perf_counter() - started < SECONDS or len(times) < least):  # the ranks have to agree
             self.wait()
             before = time.perf_counter()
             for _ in range(at_once):
-                self.update(micro)
+                self.update()
             self.wait()
             times.append((time.perf_counter() - before) / at_once)
         cpu = (time.process_time() - cpu) / (len(times) * at_once)
@@ -123,23 +119,13 @@ class Steps:
         if self.cuda:
             torch.cuda.synchronize()
 
-    @functools.cached_property
-    def micro(self) -> int:
-        """The micro-batch: the one given; or, on a GPU, the fastest that fits, halved from 64 until it is slower."""
-        if self.given or not self.cuda:
-            return self.given or min(self.config.micro_batch_size if self.who == OURS else self.batch, self.batch)
-        times = {}
-        for micro in (64, 32, 16, 8, 4):
-            if self.batch % micro == 0:
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    times[micro] = self.seconds(micro)[0]
-                torch.cuda.empty_cache()
-                torch.compiler.reset()  # a second shape would be compiled as a dynamic one
-                if times and min(times, key=times.get) != micro:
-                    break
-        if not times:
-            raise UserError("no micro-batch fits the device's memory")
-        return min(times, key=times.get)
+    def free(self):
+        """Frees GPU memory for the turns of the others. The first update of the next turn, which is not counted, captures our
+        CUDA graph again: its private pool holds as much as a step.
+        """
+        self.micro_step = None
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
 
     def parts(self, updates: int = 5) -> dict[str, float]:
         """Returns the ms of a step spent in each part, and those in which the device (on a CPU: torch) was idle."""
@@ -147,7 +133,7 @@ class Steps:
         with profile() as p:
             before = time.perf_counter()
             for _ in range(updates):
-                self.update(self.micro)
+                self.update()
             self.wait()
             wall = time.perf_counter() - before
         found = dict.fromkeys([*PARTS, MEMORY_BOUND], 0.0)
@@ -165,13 +151,14 @@ class Steps:
         if not self.cuda:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
             return self.world.sum(torch.tensor(peak)).item()
+        self.update()  # captures the graph anew after a turn
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        self.update(self.micro)
+        self.update()
         return torch.cuda.max_memory_reserved() / 1e9
 
 
-def take_turns(c: Config, who: str, nanogpt: str | None = None, micro: int | None = None):
+def take_turns(c: Config, who: str, nanogpt: str | None = None):
     """Runs in a process of its own: prints what `seconds` returns for each line on stdin and, at its end, the rest of the row.
 
     A baseline that is not installed or does not fit prints why.
@@ -179,11 +166,11 @@ def take_turns(c: Config, who: str, nanogpt: str | None = None, micro: int | Non
     try:
         # The baselines do without what the trainer sets up for a process.
         world = distributed.start(c) if who == OURS else distributed.World(0, 1, torch.device(c.device))
-        steps = Steps(c, who, world, nanogpt, micro)
+        steps = Steps(c, who, world, nanogpt)
         while world.any(world.rank == 0 and bool(sys.stdin.readline())):
-            world.say(json.dumps(steps.seconds(steps.micro)))
+            world.say(json.dumps(steps.seconds()))
             if steps.cuda:
-                torch.cuda.empty_cache()  # for the turn of the next one
+                steps.free()
         parameters = sum(p.numel() for p in steps.model.parameters())
         row = {"parameters": parameters, "micro_batch_size": steps.micro, "peak_GB": steps.peak_gb()}
         world.say(json.dumps(row | ({"parts_ms": steps.parts()} if who == OURS and world.size == 1 else {})))

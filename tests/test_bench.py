@@ -21,6 +21,7 @@ from config import ROOT, Config, load
 from errors import UserError
 from kernels import eager
 from model import Llama
+from runtime import distributed
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=65, seq_len=16, batch_size=4)
 EAGER = ["--device=cpu", "--kernels=eager", "--compile=off"]
@@ -117,6 +118,35 @@ def test_the_peak_memory_is_that_of_all_ranks():
     c, two = load(ARGV), SimpleNamespace(device=torch.device("cpu"), size=1, rank=0, sum=lambda x: 2 * x)
     steps = training.Steps(c, "plain", two)
     assert steps.peak_gb() == pytest.approx(2 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("who", [training.OURS, "plain"])
+def test_on_a_gpu_a_turn_is_12_updates_or_more_and_ends_with_its_memory_freed(who, monkeypatch, capsys):
+    """CUDA is pretended."""
+    init, updates, freed = training.Steps.__init__, [], []
+
+    def on_a_gpu(self, c, *rest):
+        init(self, c, *rest)
+        update, free, self.cuda = self.update, self.free, True
+        self.update = lambda: (update(), updates.append(1))
+        self.free = lambda: (free(), freed.append((self.micro_step, [p.grad for p in self.model.parameters()])))
+        self.peak_gb = self.parts = dict
+
+    monkeypatch.setattr(training.Steps, "__init__", on_a_gpu)
+    monkeypatch.setattr(training, "SECONDS", 0)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    training.take_turns(load([*ARGV, "--micro_batch_size=2"]), who)
+    assert len(json.loads(capsys.readouterr().out.splitlines()[0])) == 2
+    assert len(updates) == 2 * (2 + 2 * 5)
+    assert [(step, {*grads}) for step, grads in freed] == 2 * [(None, {None})]
+
+
+@pytest.mark.parametrize("who, micro", [(training.OURS, 2), ("plain", 4)])
+def test_on_a_cpu_the_baselines_take_the_whole_batch(who, micro):
+    c = load([*ARGV, "--micro_batch_size=2"])
+    assert training.Steps(c, who, distributed.World(0, 1, torch.device("cpu"))).micro == micro
 
 
 def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
