@@ -451,7 +451,10 @@ def test_its_text_is_prepared_and_its_llama_trains_on_it_and_is_exported_with_it
     assert run_command(prepare.main, ["text", str(tmp_path / "text"), source, f"--out={data}", "--val_fraction=0.3"]) == 0
     assert load_tokenizer(data).decode(np.fromfile(data / "val.bin", np.uint16)).startswith("some text to train on, number")
     settings = SHAPE | dict(data=str(data), out_dir=str(tmp_path / "more"), init_from=str(folder), vocab_size=410)
-    run(settings | dict(batch_size=2, max_steps=1, eval_interval=0, copy_eval_interval=0, device="cpu", compile="off"))
+    run(
+        settings
+        | dict(batch_size=2, max_steps=1, warmup_steps=0, eval_interval=0, copy_eval_interval=0, device="cpu", compile="off")
+    )
     assert "starting from the weights of" in (out := capsys.readouterr().out) and "warning" not in out
     export.export(tmp_path / "more", tmp_path / "exported")
     assert (tmp_path / "exported/tokenizer.json").read_text() == byte_level
