@@ -8,8 +8,8 @@
     python -m data.prepare repeats --alphabet=64 --length=128
 
 Each document becomes bos and its ids, in train.bin or val.bin by a hash of its text and --seed: it keeps its split when the
-source grows. Repeating a command whose dataset is there does nothing. Repeating one that was
-interrupted resumes it, and ends with the same bytes.
+source grows. Repeating a command whose dataset is there does nothing. Repeating one that was interrupted resumes it, and ends
+with the same bytes.
 """
 
 import sys

@@ -161,6 +161,5 @@ def linear_cross_entropy(x, weight, targets):
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     total, _, _ = linear_cross_entropy_sum(x, weight, targets, chunk_rows(x, weight), needed)
     count = (targets != IGNORED).sum()
-    return torch.where(
-        count > 0, total / count.clamp(min=1), float("nan")
-    )  # no targets: the loss is NaN and its gradients are zero
+    # Without targets the loss is NaN and its gradients are zero.
+    return torch.where(count > 0, total / count.clamp(min=1), float("nan"))

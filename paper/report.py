@@ -5,7 +5,7 @@ import json
 import shlex
 from pathlib import Path
 
-from paper.statistics import MISFIT
+from paper.statistics import OTHER_QUESTIONS, is_misfit
 
 HOLDS, FAILS, INCONCLUSIVE, MEASURED = "holds", "fails", "inconclusive", "measured"
 ENOUGH = 3  # seeds, for a verdict that rests on no interval
@@ -49,8 +49,11 @@ def at_exponents(law, wanted: tuple[float, ...], near: float = 0.5) -> str:
     found = list(zip(intervals(law), wanted, strict=False))
     if any(not low <= e <= high for (low, high), e in found):
         return FAILS
-    follows = found and (law["misfit"] is None or law["misfit"] >= MISFIT)
-    return HOLDS if follows and all(e - near < low and high < e + near for (low, high), e in found) else INCONCLUSIVE
+    return (
+        HOLDS
+        if found and not is_misfit(law["misfit"]) and all(e - near < low and high < e + near for (low, high), e in found)
+        else INCONCLUSIVE
+    )
 
 
 def law_text(law, names) -> str:
@@ -59,7 +62,7 @@ def law_text(law, names) -> str:
     pairs = law["intervals"] or [None] * len(law["exponents"])
     parts = [f"{n}^{e:.2f}{_interval(pair, '.2f')}" for n, e, pair in zip(names, law["exponents"], pairs, strict=True)]
     text = f"onset in steps ~ {' x '.join(parts)}, from the {law['runs'] - law['never']} of {law['runs']} runs that have one"
-    if law["misfit"] is not None and law["misfit"] < MISFIT:
+    if is_misfit(law["misfit"]):
         text += f"; the onsets follow no power law (lack of fit, p = {law['misfit']:.3f})"
     return text
 
@@ -95,7 +98,7 @@ def write_report(out: Path, name: str, scale, figures: dict):
         "the cells lie further from a power law than the seeds within them explain, which an F test of lack of fit decides at "
         "5%, the interval is that of these distances, and the claim does not hold. A treatment is compared with the base of "
         "the same seeds; where the two were not asked the same questions, the interval of the difference in accuracy is wider "
-        "by 0.04 on either side. A claim without an interval takes {ENOUGH} seeds that agree.", "",
+        f"by {OTHER_QUESTIONS} on either side. A claim without an interval takes {ENOUGH} seeds that agree.", "",
         "| figure | claim | here | measured |", "|---|---|---|---|",
     ]  # fmt: skip
     found = {letter: json.loads(path.read_text()) for letter in figures if (path := out / f"{letter}.json").exists()}

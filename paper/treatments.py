@@ -2,7 +2,7 @@
 
 from paper.report import ENOUGH, FAILS, HOLDS, INCONCLUSIVE, above_zero, below_zero, signed
 from paper.shared import base, every, measure_name
-from paper.statistics import difference, rounding_of_a_difference, summary
+from paper.statistics import OTHER_QUESTIONS, difference, rounding_of_a_difference, summary
 from runtime.curves import onset
 
 TREATMENTS = {
@@ -10,8 +10,6 @@ TREATMENTS = {
     "decay0.01": ("weight decay of 0.01", {"weight_decay": 0.01}),
     "decay0.1": ("weight decay of 0.1", {"weight_decay": 0.1}),
 }
-# Two standard deviations of the difference in accuracy between two draws of 50 samples at top128, over 16 draws.
-OTHER_QUESTIONS = 0.04
 OPPOSITE = {HOLDS: FAILS, FAILS: HOLDS, INCONCLUSIVE: INCONCLUSIVE}
 
 
