@@ -120,6 +120,7 @@ def test_a_figure_is_trained_measured_and_drawn_and_what_is_done_is_not_done_aga
     assert reproduce.train_all(["a"], runs, jobs=1)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     report = (runs.out / "REPORT.md").read_text()
+    assert "{" not in report and "takes 3 seeds that agree" in report
     assert "| a | copying stays absent until the loss has flattened (90% of its fall) |" in report
     assert "![Loss and copying over tokens](a.png)" in report
 
