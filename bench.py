@@ -21,6 +21,7 @@ from pathlib import Path
 
 from cli import Parser, run_command
 from config import ROOT, load
+from files import atomic_write
 
 CONFIGS = {
     ("train", "cuda"): ["configs/llama162m.py"],
@@ -81,7 +82,7 @@ def each_config(args, settings: list[str]) -> Iterator[dict]:
 
 def write(path: str | None, machine: dict, what: str, result):
     if path:
-        Path(path).write_text(json.dumps({"machine": machine, what: result}, indent=1) + "\n")
+        atomic_write(path, json.dumps({"machine": machine, what: result}, indent=1) + "\n")
 
 
 def main(argv: list[str]) -> int:
@@ -99,8 +100,10 @@ def main(argv: list[str]) -> int:
         parser.error(f"{args.what} takes no {', '.join(words)}")
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds={args.rounds}: must be at least 1")
-    if args.json and not Path(args.json).parent.is_dir():
-        parser.error(f"--json={args.json}: no such folder to write it to")
+    if args.json:
+        path = Path(args.json)
+        if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+            parser.error(f"--json={args.json}: cannot be written; name a file in a folder that exists")
     from benchmarks import baselines, checking, machine, ops, preparing, training  # here: Ctrl-C before torch is one line too
     from runtime import distributed
 

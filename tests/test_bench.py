@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -330,7 +331,8 @@ def test_sigterm_keeps_the_curve_so_far_and_ends_the_run(dataset, tmp_path):
 
 
 def test_a_mistake_is_one_line():
-    for argv in (["train", "configs/tiny.py", "--lr=1"], ["copy", "nowhere.py"], ["speed"]):
+    unwritable = [["data", f"--json={path}"] for path in ("nowhere/x.json", "docs", os.devnull)]
+    for argv in (["train", "configs/tiny.py", "--lr=1"], ["copy", "nowhere.py"], ["speed"], *unwritable):
         done = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
 
@@ -364,6 +366,20 @@ def test_results_are_written_as_they_grow(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bench.main(["train", str(ROOT / "configs/tiny.py"), "--device=cpu", f"--json={path}"])
     assert json.loads(path.read_text())["train"]["tiny"]["rounds"] == 1
+
+
+def test_a_write_that_is_interrupted_keeps_the_result_before_it(monkeypatch, tmp_path):
+    path = tmp_path / "train.json"
+    bench.write(path, {}, "train", {"rounds": 1})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bench.write(path, {}, "train", {"rounds": 2})
+    assert json.loads(path.read_text())["train"]["rounds"] == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process_behind():
