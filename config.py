@@ -132,9 +132,9 @@ class Config(ModelConfig):
         least=0,
     )
 
-    eval_interval: int = setting(1000, "updates between validations; 0: never", least=0)
+    eval_interval: int = setting(1000, "updates between validations, of which one is at the end; 0: never", least=0)
     eval_batches: int = setting(4, "validation batches, of batch_size sequences each", least=1)
-    copy_eval_interval: int = setting(1000, "updates between copy tests; 0: never", least=0)
+    copy_eval_interval: int = setting(1000, "updates between copy tests, of which one is at the end; 0: never", least=0)
     log_interval: int = setting(10, "updates between log lines", least=1)
     log_to: Literal["none", "tensorboard", "wandb"] = setting("none", "log to TensorBoard or Weights & Biases too")
     ckpt_interval: int = setting(1000, "updates between checkpoints", least=1)

@@ -83,8 +83,8 @@ def onsets(seeds, scale) -> list[float | None]:
 
 
 def every(rows) -> float:
-    """Returns the distance of the last two evaluations of a run, in steps."""
-    return rows[-1]["step"] - rows[-2]["step"] if len(rows) > 1 else 0.0
+    """Returns the distance of the first two evaluations of a run, in steps; that of the last two may be shorter."""
+    return rows[1]["step"] - rows[0]["step"] if len(rows) > 1 else 0.0
 
 
 def laws(data, scale, variants, names: dict[str, str]) -> list[tuple[str, dict | None, str]]:

@@ -126,7 +126,7 @@ def test_a_figure_is_trained_measured_and_drawn_and_what_is_done_is_not_done_aga
 
     # The rows that the figures show are kept, and the figures can be drawn from them when the runs are gone.
     kept = json.loads(gzip.decompress((runs.out / "rows/base.json.gz").read_bytes()))
-    assert [row["step"] for row in kept["seeds"][0]] == [2, 4, 6]  # those with a validation loss
+    assert [row["step"] for row in kept["seeds"][0]] == [2, 4, 6, 7]  # those with a validation loss
     (tmp_path / "base").rename(tmp_path / "gone")
     (runs.out / "a.json").unlink()
     (runs.out / "REPORT.md").unlink()
@@ -314,7 +314,7 @@ def test_a_new_figure_takes_one_function(tmp_path, monkeypatch, runs, capsys):
     assert reproduce.train_all(["z"], runs, jobs=1)
     reproduce.draw(["z"], runs)
     report = (runs.out / "REPORT.md").read_text()
-    assert "| z | wider is better | **measured** | [6] |" in report and "## z. Width\n\n![Width](z.png)\n\nHow wide." in report
+    assert "| z | wider is better | **measured** | [7] |" in report and "## z. Width\n\n![Width](z.png)\n\nHow wide." in report
     assert json.loads((tmp_path / "wide/seed0/config.json").read_text())["dim"] == 32
 
 
