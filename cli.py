@@ -6,6 +6,7 @@ import difflib
 import os
 import signal
 import sys
+import time
 
 from errors import RunFailed, UserError, exit_status
 
@@ -71,6 +72,10 @@ def run_command(main, argv) -> int:
             message = f"rank {rank}: {message}"
         if os.environ.get("LOCAL_RANK", rank) == "0" or not shared:
             print(message, file=sys.stderr, flush=True)
+        elif status != 130 and "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all ranks once one has ended; the one that reports must not be ended before it has.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
         return status
 
 

@@ -1,5 +1,6 @@
 import functools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(settings):
     args = [f"--{k}={v}" for k, v in (settings | {"batch_size": 7, "micro_batch_size": 1}).items()]
     done = subprocess.run([*command, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("batch_size=7: must be a multiple of the 2 ranks") == 1
+
+
+def test_an_error_before_the_ranks_meet_is_reported_though_rank_0_is_the_last_to_meet_it(tmp_path):
+    """torchrun ends all ranks once one has ended."""
+    late = "lambda argv: distributed.pick_device('cudda' if time.sleep(3 * (os.environ['RANK'] == '0')) is None else '')"
+    script = tmp_path / "late.py"
+    script.write_text(f"import os, sys, time\nfrom cli import run_command\nfrom runtime import distributed\n"
+                      f"sys.exit(run_command({late}, []))\n")  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("device=cudda: expected auto, cuda, mps or cpu\n") == 1
 
 
 def test_a_numbered_gpu_is_the_one_that_is_used(monkeypatch):
