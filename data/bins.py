@@ -176,13 +176,13 @@ def window_indices(seed: int, start: int, count: int, n: int) -> np.ndarray:
 
 
 def fingerprint(folder) -> str:
-    """Returns the fingerprint of the dataset: the hash of its tokens, as meta.json states it.
-
-    Without a meta.json, it is a hash of each file's size, first and last MB.
-    """
+    """Returns the fingerprint of the dataset: the hash of its tokens, as meta.json states it, or fingerprint_of_ends."""
     meta = load_meta(folder)
-    if meta:
-        return meta["fingerprint"]
+    return meta["fingerprint"] if meta else fingerprint_of_ends(folder)
+
+
+def fingerprint_of_ends(folder) -> str:
+    """Returns a hash of each file's size, first and last MB: the fingerprint of bins without a meta.json."""
     digest = hashlib.blake2b(digest_size=16)
     for split in SPLITS:
         for path in files(Path(folder) / f"{split}.bin"):
@@ -247,7 +247,8 @@ def batch(run: Path, step: int, folder: str = ""):
     folder = folder or c.data
     if not files(Path(folder) / "train.bin"):
         raise UserError(f"{folder}/train.bin: not found from this folder; pass --data=FOLDER")
-    if trained_on not in (None, fingerprint(folder)):
+    # `data.prepare from-bin` may have added a meta.json since.
+    if trained_on not in (None, fingerprint(folder), fingerprint_of_ends(folder)):
         raise UserError(f"{folder}: not the data that {run} was trained on; pass --data=FOLDER")
     data = Bin(Path(folder) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)

@@ -159,7 +159,7 @@ def check(args: dict, out: Path, processes: int):
     if "paths" in args:
         args["paths"] = [os.path.abspath(path) if Path(path).exists() else path for path in args["paths"]]
     for path in args.get("paths", []):
-        if Path(path).resolve() in (out.resolve(), *out.resolve().parents):
+        if Path(path).exists() and Path(path).resolve() in (out.resolve(), *out.resolve().parents):
             raise UserError(f"--out={out}: lies in {path}, which is read as text; name a folder outside it")
 
 

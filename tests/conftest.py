@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -44,6 +45,11 @@ def write_dataset(folder, rows=400, length=32, alphabet=16, seed=0):
 def heed_interrupts():
     """For a child process: a shell starts its background jobs with SIGINT ignored, and what they start inherits that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes that a process has started, on Linux."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ def test_a_link_is_read_by_its_own_name(tmp_path):
     (tmp_path / "folder").symlink_to(tmp_path)
     with pytest.raises(UserError, match="lies in .*folder, which is read as text"):
         parse(["text", str(tmp_path / "folder"), f"--out={tmp_path / 'out'}"])
+    parse(["hf", "nobody/corpus", "--out=nobody/corpus/bins"])  # a dataset of the hub is no folder
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):

@@ -25,7 +25,7 @@ from errors import UserError
 from runtime import checkpoint, distributed, metrics, rundir
 from runtime.resume import newest
 from tests import faults
-from tests.conftest import write_dataset
+from tests.conftest import children, write_dataset
 from tests.faults import fault
 
 TIMES = ("ms", "tokens_per_s", "eta_s")
@@ -561,10 +561,6 @@ def run_launcher(settings, *options) -> str:
     return output
 
 
-def children(pid) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
 @pytest.mark.parametrize("resume", [pytest.param("auto", marks=pytest.mark.soak), "none"])  # none is the harder one
 def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_never_was(long, tmp_path, resume):
@@ -627,6 +623,8 @@ def test_the_batch_viewer_shows_what_the_run_trained_on(settings, capsys):
         bins.show([settings["out_dir"], "--step=2"])
     assert bins.show([settings["out_dir"], "--step=2", f"--data={settings['data']}"]) == 0
     assert capsys.readouterr().out == text
+    path.write_text(json.dumps(values | {"data_fingerprint": bins.fingerprint_of_ends(settings["data"])}))
+    assert bins.show([settings["out_dir"], "--step=2"]) == 0  # trained before the bins got their meta.json
     path.write_text(json.dumps(values | {"data_fingerprint": "00"}))
     with pytest.raises(UserError, match="not the data that .* was trained on"):
         bins.show([settings["out_dir"], "--step=2"])
