@@ -125,7 +125,8 @@ class Run:
             checkpoint.restore(path, state, self.model, self.optimizer, self.loss_scale)
             if rundir.holds(self.out, path):
                 self.row = world.on_rank_0(lambda: metrics.row_of(self.out / "metrics.jsonl", self.step)) or {}
-            self.row |= resume.changes(path, state, config, self.kernels, world)
+            if changed := resume.changes(path, state, config, self.kernels, self.row.pop("changed", {}), world):
+                self.row["changed"] = changed
         elif config.init_from:
             source = huggingface.load(config.init_from)
             resume.start_from(config.init_from, source, config, self.model, self.tokenizer, world)

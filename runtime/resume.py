@@ -61,7 +61,7 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
             f"{path}: made with other settings: {', '.join(changed)}; {allow}set them back, name another --out_dir, or start "
             "anew with --resume=none"
         )
-    if rundir.holds(Path(config.out_dir), path):
+    if state["step"] < config.max_steps and rundir.holds(Path(config.out_dir), path):
         kept = len(checkpoint.by_step(path.parent))
         then = different.get("ckpt_keep", (0,))[0] or 0  # 0: as now, or not recorded
         if config.ckpt_keep < min(then, kept):
@@ -71,9 +71,11 @@ def check(path: Path, state: dict, config: Config, fingerprint: str):
             )
 
 
-def changes(path: Path, state: dict, config: Config, kernels: str, world) -> dict:
+def changes(path: Path, state: dict, config: Config, kernels: str, recorded: dict, world) -> dict:
     """Reports a resume, and changes of the op set, of its tiles and of settings that later learning rates or updates depend on.
-    Returns what metrics.jsonl records of these settings: {"changed": {name: [value then, value now]}}, or {}.
+
+    Returns what metrics.jsonl records of these settings: {name: [value then, value now]}. recorded: what an earlier resume at
+    the same step recorded; what it changed to other values than today's never took effect.
     """
     world.say(f"resuming {path} at step {state['step']}")
     different = settings.changed(state["config"], config)
@@ -84,7 +86,7 @@ def changes(path: Path, state: dict, config: Config, kernels: str, world) -> dic
     changed = {name: list(different[name]) for name in names & different.keys()}
     for name, (before, now) in sorted(changed.items()):
         world.say(f"changed from here on: {name} {before} -> {now}")
-    return {"changed": changed} if changed else {}
+    return {name: values for name, values in recorded.items() if values[1] == getattr(config, name, None)} | changed
 
 
 def start_from(path, state: dict, config: Config, model, tokenizer, world):

@@ -451,6 +451,17 @@ def test_more_steps_are_reported_and_recorded_where_the_learning_rate_depends_on
     assert said == (rows[3].get("changed") == {"max_steps": [3, 9]}) == (schedule != "constant")
 
 
+def test_a_change_that_never_took_effect_is_not_recorded(settings, monkeypatch):
+    """A resume with other settings is killed before its first checkpoint, and the next resume has the old settings again."""
+    run(settings, max_steps=3)
+    path = Path(settings["out_dir"]) / "ckpt.pt"
+    before = path.read_bytes()
+    assert "grad_clip" in run(settings, max_steps=4, grad_clip=0.5, allow_changes=True)[3]["changed"]
+    path.write_bytes(before)
+    rows = run(settings, max_steps=4)
+    assert rows[-1]["step"] == 4 and not any("changed" in row for row in rows)
+
+
 def test_a_resume_does_not_remove_checkpoints_that_the_run_asked_to_keep(settings, tmp_path, capsys):
     run(settings, ckpt_interval=1, ckpt_keep=1000)
     out = Path(settings["out_dir"])
@@ -458,6 +469,7 @@ def test_a_resume_does_not_remove_checkpoints_that_the_run_asked_to_keep(setting
     assert capsys.readouterr().err == (
         f"ckpt_keep=2: {out} holds 6 checkpoints, kept with ckpt_keep=1000; pass --ckpt_keep=1000, or remove them\n"
     )
+    assert status(flags(settings)) == 0  # nothing is left to do, and nothing would be removed
     assert len(list(out.glob("ckpt_*.pt"))) == 6
     run(settings, max_steps=8, ckpt_keep=7)
     assert status(flags(settings, max_steps=8, resume=out, out_dir=tmp_path / "other")) == 0
