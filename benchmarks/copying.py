@@ -59,7 +59,8 @@ def evaluations(argv: list[str], alphabet: str) -> Iterator[dict]:
             child.terminate()
             status = child.wait()
         if status not in (0, 3):
-            raise (UserError if status == 2 else RunFailed)(log.read_text().strip().splitlines()[-1])
+            lines = log.read_text().strip().splitlines() or [f"train.py ended with status {status}"]
+            raise (UserError if status == 2 else RunFailed)(lines[-1])
 
 
 def time_to_copy(argv: list[str], until: float, alphabet: str = "full") -> Iterator[dict]:

@@ -37,9 +37,13 @@ def prepare_rates(rounds: int) -> dict:
                 command = [*prepare, f"--tokenizer={model}", f"--processes={processes}", f"--out={out}"]
                 start = time.perf_counter()
                 child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-                while child.poll() is None:
-                    peak = max(peak, peak_memory(child.pid))
-                    time.sleep(0.05)
+                try:
+                    while child.poll() is None:
+                        peak = max(peak, peak_memory(child.pid))
+                        time.sleep(0.05)
+                finally:
+                    child.terminate()
+                    child.wait()
                 seconds = time.perf_counter() - start
                 assert child.returncode == 0, command
                 tokens = sum(split["tokens"] for split in load_meta(out)["splits"].values())

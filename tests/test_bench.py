@@ -23,6 +23,7 @@ from errors import UserError
 from kernels import eager
 from model import Llama
 from runtime import distributed
+from tests.conftest import children, heed_interrupts
 
 SHAPE = dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=48, vocab_size=65, seq_len=16, batch_size=4)
 EAGER = ["--device=cpu", "--kernels=eager", "--compile=off"]
@@ -318,10 +319,7 @@ def test_sigterm_keeps_the_curve_so_far_and_ends_the_run(dataset, tmp_path):
     assert bench.stdout.readline().startswith("tiny")
     assert bench.stdout.readline().startswith("seed 0: step 1, ")
     assert bench.stdout.readline().startswith("seed 0: step 2, ")
-    parents = {
-        int(stat.parent.name): stat.read_text().rpartition(")")[2].split()[1] for stat in Path("/proc").glob("[0-9]*/stat")
-    }
-    (run,) = (pid for pid, parent in parents.items() if parent == str(bench.pid))
+    (run,) = children(bench.pid)
     bench.send_signal(signal.SIGTERM)
     _, stderr = bench.communicate(timeout=60)
     assert (bench.returncode, stderr) == (130, "interrupted\n")
@@ -385,7 +383,7 @@ def test_a_write_that_is_interrupted_keeps_the_result_before_it(monkeypatch, tmp
 def test_ctrl_c_is_one_line_and_leaves_no_process_behind():
     command = [sys.executable, "bench.py", "train", *ARGV, "--rounds=1000"]
     pipe = subprocess.PIPE
-    bench = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    bench = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts)
     assert bench.stdout.readline().startswith("tiny")
     time.sleep(1)
     bench.send_signal(signal.SIGINT)
