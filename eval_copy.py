@@ -13,7 +13,7 @@ Every score is defined in measures/; docs/measures.md lists them with their sour
 
 import sys
 
-from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, quiet_pipe, raise_on_interrupt, run_command
 from errors import UserError
 
 if __name__ == "__main__":
@@ -261,7 +261,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     if args.prompt is not None:
-        write_samples(*load(args.paths[0], args.device, args.kernels)[:2], args.prompt)
+        with quiet_pipe():
+            write_samples(*load(args.paths[0], args.device, args.kernels)[:2], args.prompt)
         return 0
     if args.attention:
         text, file = args.attention
@@ -281,7 +282,8 @@ def main(argv: list[str]) -> int:
     results = []
     for path in args.paths:
         results.append(evaluate(path, args))
-        print(table(results[-1]), end="\n\n", flush=True)
+        with quiet_pipe():
+            print(table(results[-1]), end="\n\n", flush=True)
     if args.json:
         scores = [{name: value for name, value in result.items() if name != "stripes"} for result in results]
         atomic_write(args.json, json.dumps(scores, indent=1) + "\n")

@@ -47,16 +47,16 @@ def position_scores(model: Llama, windows: np.ndarray) -> dict:
 
     loss: a list (T,) whose [t] is the mean loss of the predictions made with t + 1 tokens in view
     icl_50_500, icl_50_1000: the in-context learning score, the loss at position 500 (1000) of the context, counted from 1,
-    minus that at 50, and its standard error over windows: below 0 where the model uses the context between. None where the
-    context is shorter.
+    minus that at 50, and its standard error over windows, None for a single window: below 0 where the model uses the context
+    between. None where the context is shorter.
     """
     with progress(model, windows[:, 1:].size, "held-out text"):
         losses = token_losses(model, windows)  # (B, T)
     scores = {}
     for late in (500, 1000):
         gains = losses[:, late - 1 : late] - losses[:, 49:50]  # (B, 1), or (B, 0) where the context is shorter
-        error = gains.std(ddof=1) / len(gains) ** 0.5 if gains.size > 1 else float("nan")
-        scores[f"icl_50_{late}"] = [float(gains.mean()), float(error)] if gains.size else None
+        error = float(gains.std(ddof=1) / len(gains) ** 0.5) if gains.size > 1 else None
+        scores[f"icl_50_{late}"] = [float(gains.mean()), error] if gains.size else None
     return scores | {"loss": losses.mean(0).tolist()}
 
 

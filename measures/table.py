@@ -89,7 +89,7 @@ def _context(result: dict) -> list[str]:
         at = [i for i in (1, 10, 50, 100, 500, 1000, len(loss)) if i <= len(loss)]
         lines.append(_row("loss on held-out text, by position", (f"{i:,}: {loss[i - 1]:.3f}" for i in at)))
         late = [
-            "({}) - (50): {:+.3f} (standard error {:.3f})".format(n, *x)
+            f"({n}) - (50): {x[0]:+.3f}" + (f" (standard error {x[1]:.3f})" if x[1] is not None else "")
             for n in (500, 1000)
             if (x := positions[f"icl_50_{n}"]) is not None
         ]

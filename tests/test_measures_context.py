@@ -68,6 +68,8 @@ def test_icl_score_is_the_later_loss_less_the_earlier_counted_from_1(monkeypatch
         for n in (500, 1000):
             gain = n**-0.5 - 50**-0.5  # and three times as much: a mean of 2 and, of two values, a standard error of 1
             assert scores[f"icl_50_{n}"] == (pytest.approx([2 * gain, abs(gain)], abs=1e-12) if n in late else None)
+    monkeypatch.setattr(context, "token_losses", lambda *_: losses[None])
+    assert context.position_scores(small_model(), np.zeros((1, 1001)))["icl_50_500"][1] is None
 
 
 @torch.no_grad()
