@@ -5,6 +5,7 @@ import json
 import shlex
 from pathlib import Path
 
+from files import atomic_write
 from paper.statistics import OTHER_QUESTIONS, is_misfit
 
 HOLDS, FAILS, INCONCLUSIVE, MEASURED = "holds", "fails", "inconclusive", "measured"
@@ -116,7 +117,7 @@ def write_report(out: Path, name: str, scale, figures: dict):
         lines += ["", f"## {letter}. {title}", "", f"![{title}]({letter}.png)", "", caption, ""]
         lines += table_of_runs(found[letter].get("runs", []))
     lines += ["", "Lines over seeds are their mean, bands reach from the lowest to the highest seed."]
-    (out / "REPORT.md").write_text("\n".join(lines) + "\n")
+    atomic_write(out / "REPORT.md", "\n".join(lines) + "\n")
 
 
 def table_of_runs(runs: list[dict]) -> list[str]:

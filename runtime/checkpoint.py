@@ -97,7 +97,8 @@ def keep(folder: Path, step: int, n: int):
         try:
             os.link(folder / "ckpt.pt", kept)
         except OSError:  # a file system without hard links
-            shutil.copyfile(folder / "ckpt.pt", kept)
+            with atomic_writer(kept) as copy, open(folder / "ckpt.pt", "rb") as original:
+                shutil.copyfileobj(original, copy)
     by_age = list(by_step(folder).values())
     for old in by_age[:-n] if n > 1 else by_age:
         old.unlink()

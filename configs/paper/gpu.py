@@ -16,4 +16,4 @@ eval_interval = 200
 eval_batches = 8
 copy_eval_interval = 200
 log_interval = 20
-ckpt_interval = 8000  # 1.95 GB each; a run that is stopped saves one in any case
+ckpt_interval = 1000  # 1.95 GB each
