@@ -19,7 +19,7 @@ import torch
 import bench
 from benchmarks import baselines, checking, copying, ops, training
 from config import ROOT, Config, load
-from errors import UserError
+from errors import RunFailed, UserError
 from kernels import eager
 from model import Llama
 from runtime import distributed
@@ -309,6 +309,13 @@ def test_a_run_that_is_refused_or_tests_another_alphabet_is_one_line(dataset):
         list(copying.time_to_copy([*copy_argv(dataset), "--lr=1"], until=0.9))
     with pytest.raises(UserError, match="^--alphabet=top128: the copy test of this run has full, hex16$"):
         list(copying.time_to_copy(copy_argv(dataset), 0.9, "top128"))
+
+
+def test_a_run_that_dies_without_a_word_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr(copying, "ROOT", tmp_path)
+    with pytest.raises(RunFailed, match="^train.py ended with status -9$"):
+        list(copying.time_to_copy([], until=0.9))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the run is found through /proc")

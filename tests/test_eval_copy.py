@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -304,6 +306,16 @@ def test_outputs_of_this_command_are_replaced(tmp_path):
         outputs = [f"--json={tmp_path / 'x.json'}", f"--plot={tmp_path / name}"]
         for _ in range(2):
             assert eval_copy.main([str(tmp_path), "--samples=1", *outputs]) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the pipe")
+def test_a_closed_pipe_keeps_the_scores(tmp_path):
+    tokenizer = Chars(20)
+    save(tmp_path / "ckpt.pt", small_model(tokenizer), tokenizer)
+    path = tmp_path / "x.json"
+    evaluate = shlex.join([sys.executable, "eval_copy.py", str(tmp_path), "--samples=1", f"--json={path}"])
+    done = subprocess.run(f"({evaluate}; echo status $? >&2) | true", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "status 0" in done.stderr and len(json.loads(path.read_text())) == 1
 
 
 def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
