@@ -1,1 +1,1 @@
-"""Text in, uint16 bins out, and the reader that trains from them."""
+"""Prepares text as bins of uint16 tokens, and reads them for training."""
