@@ -24,7 +24,7 @@ from files import atomic_writer
 
 
 def save(path: Path, state: dict):
-    """Replaces the checkpoint at `path`. If the process is killed meanwhile, the previous checkpoint stays intact."""
+    """Replaces the checkpoint at `path`. If the process is killed while it writes, the previous checkpoint stays intact."""
     with atomic_writer(path) as file:
         torch.save(state, file)
 
@@ -66,8 +66,8 @@ def restore(path, state: dict, model, optimizer=None, loss_scale=None):
     """Loads a checkpoint's weights into the model, and its moments and loss scale into `optimizer` and `loss_scale` if given.
     The optimizer keeps its own learning rate, weight decay and betas.
 
-    A model on the meta device takes the tensors themselves, in their dtype, so that they are in memory once. Raises UserError
-    if they do not fit.
+    A model on the meta device takes the tensors themselves, in their dtype, so that they are in memory only once. Raises
+    UserError if they do not fit.
     """
     try:
         model.load_state_dict(state["model"], assign=next(model.parameters()).is_meta)

@@ -1,4 +1,4 @@
-"""torch.compile, block by block, and a CUDA graph of forward and backward of a small batch."""
+"""torch.compile, block by block, and a CUDA graph of the forward and backward pass of a micro-batch."""
 
 import torch
 
@@ -13,7 +13,7 @@ def compile_blocks(model, config: Config, world):
     world.say("compiling block by block: the first step can take a minute (--compile=off avoids it)")
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=world.device))
-    except Exception as e:  # what is missing (a compiler, Python's headers) shows as many kinds of error
+    except Exception as e:  # a missing compiler or missing Python headers raise many kinds of error
         reason = f"torch.compile does not work on this machine ({first_line(e)})"
         if config.compile == "on":
             raise UserError(f"compile=on: {reason}; pass --compile=off") from None

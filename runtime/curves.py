@@ -13,7 +13,7 @@ FORMED = {
 
 
 def onset(rows: list[dict], threshold: float, name: str, axis: str = "step") -> float | None:
-    """Returns the first point on `axis` from which `name` is at or above the threshold in two rows in a row, as one may be
+    """Returns the first point on `axis` at which `name` is at or above the threshold in two consecutive rows, as one may be
     chance; None if there is none.
     """
     points = [(row[axis], row[name]) for row in rows if row.get(name) is not None]

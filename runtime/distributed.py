@@ -30,7 +30,7 @@ class World:
     cpu_group: object = None
 
     def say(self, *words):
-        """Prints from rank 0 alone. Without a reader, as after `| head`, the run goes on in silence."""
+        """Prints, on rank 0 only. If stdout is closed, as by `| head`, the run continues without printing."""
         if self.rank == 0:
             with quiet_pipe():
                 print(*words, flush=True)
@@ -44,7 +44,7 @@ class World:
         return total.to(x.device)
 
     def any(self, flag: bool) -> bool:
-        """Returns whether the flag is set on any rank. The ranks meet on their CPUs: no GPU waits for it."""
+        """Returns whether the flag is set on any rank. It is reduced between CPUs, so that no GPU waits for it."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -129,7 +129,7 @@ def data_parallel(model: torch.nn.Module, world: World) -> torch.nn.Module:
 
 
 def leave():
-    """Leaves the process group. After an error do not: peers inside a collective would keep this one waiting."""
+    """Leaves the process group. Not to be called after an error: peers inside a collective would keep this rank waiting."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -152,7 +152,7 @@ def exit_with(command):
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT asked the run to stop. All ranks raise it at the same place."""
+    """SIGTERM or SIGINT asked the run to stop. All ranks raise it at the same point."""
 
 
 class StopSignal:
@@ -181,7 +181,7 @@ class StopSignal:
             raise Stopped
 
     def interruptible(self, f):
-        """Returns f(). A signal cuts it short: all ranks raise Stopped. f must not change the run nor wait for other ranks."""
+        """Returns f(). A signal cuts it short: all ranks raise Stopped. f must not change the run or wait for other ranks."""
         result = None
         try:
             try:

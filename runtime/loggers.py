@@ -1,7 +1,8 @@
-"""Loggers that show a run while it trains, beside metrics.jsonl, which stays the source.
+"""Loggers that show a run while it trains, in addition to metrics.jsonl, which stays the source.
 
-A logger is a context manager of (run directory, config, step at which the run goes on, rows that it has already, by step) that
-yields a function of a row. It keeps its files in a folder of its name. To add one, name it in LOGGERS and in `config.log_to`.
+A logger is a context manager of (run directory, config, step from which the run continues, rows that it has already, by step)
+that yields a function to log a row. It keeps its files in a folder of its name. To add one, name it in LOGGERS and in
+`config.log_to`.
 """
 
 import contextlib

@@ -33,9 +33,9 @@ def peak_flops(card: str) -> float | None:
 
 
 def flops_per_token(c: ModelConfig) -> float:
-    """Returns the FLOPs of forward and backward per token: 6 per parameter of a matrix product, and 6 T H Dh a layer.
+    """Returns the FLOPs of forward and backward per token: 6 per parameter of a matrix, and 6 T H Dh a layer for attention.
 
-    The embedding is a look-up and counts nothing; of attention the causal half counts.
+    Only the causal half of attention counts. The embedding is a lookup and does not count.
     """
     attention = 2 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim
     matrices = c.n_layers * (attention + 3 * c.dim * c.hidden_dim) + c.vocab_size * c.dim
@@ -46,9 +46,9 @@ class Metrics:
     """The rows of metrics.jsonl: one per step at which something was measured."""
 
     def __init__(self, path: Path, step: int, log=lambda row: None):
-        """Continues after `step`. Removes the later rows, whose updates are made again; the row of `step` itself stays until
-        the caller writes it again, completed. `before` has all rows that were there, by step. Each row that is written goes to
-        log(row) too.
+        """Continues after `step`. Removes the later rows, whose updates will be repeated; the row of `step` itself stays until
+        the caller writes it again, completed. `before` has all rows that were there, by step. Each row that is written is also
+        passed to log(row).
         """
         self.path = path
         self.log = log
@@ -140,7 +140,7 @@ class Stats:
         if most_in_a_row >= MAX_SKIPPED:
             raise RunFailed(
                 f"step {step}: {most_in_a_row} updates in a row had no finite loss or gradient; saved after them: the same "
-                "command (without --resume) goes on from there, at a lower rate with --learning_rate=... --allow_changes=true"
+                "command (without --resume) continues; to lower the rate, add --learning_rate=... --allow_changes=true"
             )
         row = {name: x for name, x in {"loss": loss, "grad_norm": norm}.items() if math.isfinite(x)}
         if self.overflows or scale > 1:
@@ -211,7 +211,7 @@ def announcement(c: Config, world, per_rank: int, micro: int, train_bin) -> str:
 
 
 def log_line(step: int, max_steps: int, row: dict) -> str:
-    """Returns a line of step, %, loss, learning rate, gradient norm, ms, tokens/s, MFU where known, and time to go."""
+    """Returns a line of step, %, loss, learning rate, gradient norm, ms, tokens/s, MFU where known, and remaining time."""
     parts = [f"step {step:>{len(str(max_steps))}}/{max_steps} {step / max(max_steps, 1):4.0%}"]
     ms = "{:.1f} ms" if row.get("ms", 0) < 1000 else "{:,.0f} ms"
     formats = {

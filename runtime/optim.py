@@ -21,10 +21,10 @@ def learning_rate(step: int, c: Config) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Returns the optimizer of config.optimizer. Matrices decay by weight_decay, norm weights do not.
+    """Returns the optimizer of config.optimizer. Matrices decay by weight_decay; norm weights and biases do not.
 
-    With `muon`, the matrices of the blocks are updated by Muon, each head's query, key, value and output projections by
-    themselves; the embedding, the output head, the norms and the biases are updated by AdamW.
+    With `muon`, the matrices of the blocks are updated by Muon, each head's query, key, value and output projections
+    separately; the embedding, the output head, the norms and the biases are updated by AdamW.
     """
     muon = {}
     if config.optimizer == "muon":
@@ -43,10 +43,10 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimi
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, grad_scale: torch.Tensor, found_inf: torch.Tensor):
-    """Makes an update with the gradients divided by grad_scale; where found_inf is 1, parameters and state stay as they are.
+    """Makes an update with the gradients divided by grad_scale; if found_inf is 1, parameters and state stay unchanged.
 
     Both are fp32 scalars on the device. The optimizer divides as it reads the gradients, so that clipping and loss scaling cost
-    no pass over them, and the host waits for nothing.
+    no pass over them, and the host does not wait for the device.
     """
     if grad_scale.device.type == "mps":  # Metal's fused AdamW ignores both
         if found_inf.item():
@@ -59,7 +59,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, grad_scale: torch.Tensor, 
 
 
 class LossScale:
-    """The factor on the loss that keeps gradients of fp16 activations from underflow (Micikevicius et al. 2018).
+    """The factor on the loss that keeps gradients in fp16 from underflow (Micikevicius et al. 2018).
 
     Halves, down to 1, after an update whose gradients are not finite, and doubles after GROWTH finite ones in a row. It stays 1
     for other dtypes. Both numbers stay on the device.
@@ -87,10 +87,9 @@ class LossScale:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: the update of a matrix is its Nesterov momentum, orthogonalized; the other parameters are AdamW's.
+    """Muon: the update of a matrix is its Nesterov momentum, orthogonalized; AdamW updates the other parameters.
 
-    `weights` maps each weight to (n, dim): the weight is n matrices side by side along dim, each of which is orthogonalized by
-    itself.
+    `weights` maps each weight to (n, dim): it is n matrices concatenated along dim, each of which is orthogonalized separately.
 
     The update is scaled to the root mean square of AdamW's (0.2 sqrt(max(shape)), Liu et al. 2025, arXiv 2502.16982), so that
     one learning rate and one weight decay serve both. It takes `grad_scale` and `found_inf` as fused AdamW does.
@@ -128,7 +127,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
-    """Returns about U V^T of each x = U S V^T (k, n, m) by a quintic Newton-Schulz iteration: singular values of 0.7 to 1.2."""
+    """Approximates U V^T of each x = U S V^T (k, n, m) by a quintic Newton-Schulz iteration: singular values of 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     y = x.bfloat16() if x.is_cuda else x

@@ -38,7 +38,7 @@ LINES = [
 ]  # fmt: skip
 LOSSES = {"val_loss": "all tokens", "val_loss_new": "new tokens", "val_loss_repeated": "repeated tokens"}
 PANELS = ("loss (nats per token)", "attention of the best heads", "copying accuracy")
-POLL = 2.0  # seconds between two looks at a run that is watched
+POLL = 2.0  # seconds between checks of a watched run
 
 
 def draw(file: str, results: list[dict], runs: list[list[dict]], maps: dict[str, str]):
@@ -101,7 +101,7 @@ def baselines(ax, name: str, levels: dict[int, float]):
 
 
 def heat_map(ax, scores, title: str):
-    """Draws scores (n_layers, n_heads), mean attention from 0 to 1."""
+    """Draws scores (n_layers, n_heads) from 0 to 1."""
     scores = np.array(scores)
     heat(ax, scores, range(len(scores)), range(scores.shape[1]), (0, 1), "{:.2f}" if scores.size <= 64 else None)
     ax.set(title=title, xlabel="head", ylabel="layer")

@@ -81,7 +81,7 @@ def changes(path: Path, state: dict, config: Config, kernels: str, recorded: dic
     different = settings.changed(state["config"], config)
     then = state.get("kernels") or state["config"].get("kernels")  # older checkpoints record only the op set, or `auto`
     if then not in ("auto", kernels, None if "kernels" in state else config.kernels):
-        world.say(f"warning: {then} kernels made this checkpoint; it goes on with {kernels}, which rounds differently")
+        world.say(f"warning: {then} kernels made this checkpoint; the run continues with {kernels}, which rounds differently")
     names = settings.MAY_CHANGE_ON_REQUEST | ({"max_steps"} if config.schedule != "constant" else set())
     changed = {name: list(different[name]) for name in names & different.keys()}
     for name, (before, now) in sorted(changed.items()):
@@ -92,8 +92,8 @@ def changes(path: Path, state: dict, config: Config, kernels: str, recorded: dic
 def start_from(path, state: dict, config: Config, model, tokenizer, world):
     """Copies the weights of `state`, loaded from `path`, into a new run's model.
 
-    Raises UserError if the two models differ in other settings than MAY_DIFFER. Warns if the tokenizer of the source is not
-    that of the data, because the same ids then mean other text.
+    Raises UserError if the two models differ in settings other than MAY_DIFFER. Warns if the tokenizer of the source is not
+    that of the data, because the same ids then stand for other text.
     """
     with about(path):
         theirs = dataclasses.asdict(settings.from_checkpoint(state["config"]))
@@ -107,7 +107,7 @@ def start_from(path, state: dict, config: Config, model, tokenizer, world):
     world.say(f"starting from the weights of {path}, step {state['step']} there")
     if "ids" not in (tokenizer.kind, state["tokenizer"].get("kind")):
         if _without_counts(state["tokenizer"]) != _without_counts(tokenizer.state()):
-            world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids mean other text")
+            world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids stand for other text")
 
 
 def _without_counts(tokenizer: dict) -> dict:

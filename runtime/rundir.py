@@ -81,7 +81,7 @@ def is_running(path: Path) -> bool:
 
 
 def record(path: Path, state: str):
-    """Records in run.pid how far this process came, for is_restarted."""
+    """Records in run.pid how far this process has come, for is_restarted."""
     atomic_write(path / "run.pid", f"{os.getpid()}\n{state} {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
 
 
@@ -94,7 +94,7 @@ def is_restarted(path: Path, state: str) -> bool:
 
 
 def was_stopped(path: Path) -> bool:
-    """Returns whether torchrun is restarting a run that a signal has stopped: it takes exit status 3 for a failure."""
+    """Returns whether torchrun is restarting a run that a signal has stopped: torchrun treats exit status 3 as a failure."""
     if not is_restarted(path, "stopped"):
         return False
     if os.environ.get("RANK") == "0":
@@ -109,8 +109,8 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, facts: di
     """Writes config.json, the settings with `facts` added; opens metrics.jsonl, with its rows up to `step`, and the logger that
     config.log_to names.
 
-    resumed: the checkpoint that the run resumes at `step`. What lies here and is not part of the run's history is moved into
-    previous-<n> first: everything if the run is new or its checkpoint lies elsewhere; later checkpoints, with a copy of the
+    resumed: the checkpoint that the run resumes at `step`. Files that are not part of the run's history are first moved into
+    previous-<n>: all of a run's files if the run is new or its checkpoint lies elsewhere; later checkpoints, with a copy of the
     settings and rows, if it goes back to an older one.
     """
     if not holds(path, resumed):

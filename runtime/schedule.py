@@ -15,7 +15,7 @@ def due_after(step: int, c: Config) -> set[str]:
         return due & {"validate"}
     if c.ckpt_milestones and is_milestone(step, c.milestone_interval):
         due.add("milestone")
-    # Saving waits for the updates that are queued on a GPU. Reading the statistics first counts that time as theirs.
+    # Saving waits for the updates that are queued on a GPU. Reading the statistics first attributes that time to the updates.
     if step == 1 or due & {"validate", "copy", "save", "milestone"}:
         due.add("log")
     return due

@@ -10,8 +10,8 @@ from runtime import distributed
 
 @torch.no_grad()
 def validate(model, val_bin, windows: np.ndarray, micro: int, world: distributed.World, stop: distributed.StopSignal) -> dict:
-    """Returns the mean loss in nats per token over the windows numbered `windows`, `micro` at a time; the same for any number
-    of ranks, some of which may get none. Raises Stopped if a signal asks the run to stop.
+    """Returns the mean loss in nats per token over the windows with the indices `windows`, `micro` at a time; the same for any
+    number of ranks, some of which may get none. Raises Stopped if a signal asks the run to stop.
 
     A token is repeated if it and the two before it occurred in this order earlier in its window; all others are new.
     """
@@ -50,9 +50,10 @@ def bits_per_byte(loss: float, meta: dict | None) -> dict:
 def reweighted(ids: np.ndarray, y: torch.Tensor, weight: float, chance: np.ndarray) -> tuple[torch.Tensor, float]:
     """Returns the targets y (B, T) with -100 where they are left out, and the share of those that are kept.
 
-    Targets that induction could predict count `weight` times as much as the others: of the lighter ones a random share is
-    kept. They are those whose current token they followed earlier in the window (Hapax, arXiv 2511.05743, leaves out all of
-    them). chance (B, T) is uniform in [0, 1). The first target of a window is always kept, so that each has a loss.
+    Targets that induction could predict, because they already followed the current token earlier in the window, count `weight`
+    times as much as the others: a random share of those that count less is kept (Hapax, arXiv 2511.05743, leaves out all that
+    induction could predict). chance (B, T) is uniform in [0, 1). The first target of a window is always kept, so that each
+    window has a loss.
     """
     share = np.where(repeated(ids, 2), min(weight, 1), 1 / max(weight, 1))
     share[:, 0] = 1

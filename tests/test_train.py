@@ -485,7 +485,7 @@ def test_the_op_set_is_recorded_and_a_resume_that_changes_it_says_so(settings, m
     other.__dict__.update({name: f for name, f in vars(eager).items() if not name.startswith("__")})
     monkeypatch.setattr(kernels, "choose", lambda *_, **__: other)
     run(settings, max_steps=3)
-    assert capsys.readouterr().out.count("eager kernels made this checkpoint; it goes on with fused") == 1
+    assert capsys.readouterr().out.count("eager kernels made this checkpoint; the run continues with fused") == 1
 
 
 def test_the_table_of_tiles_is_recorded_and_a_resume_that_changes_it_says_so(settings, monkeypatch, capsys):
@@ -495,7 +495,7 @@ def test_the_table_of_tiles_is_recorded_and_a_resume_that_changes_it_says_so(set
     assert json.loads((Path(settings["out_dir"]) / "config.json").read_text())["op_set"] == "fused, tiles of sm_80"
     monkeypatch.setattr(kernels, "describe", lambda ops, device: "fused, tiles of sm_90")
     run(settings, max_steps=3)
-    changed = "fused, tiles of sm_80 kernels made this checkpoint; it goes on with fused, tiles of sm_90"
+    changed = "fused, tiles of sm_80 kernels made this checkpoint; the run continues with fused, tiles of sm_90"
     assert capsys.readouterr().out.count(changed) == 1
     run(settings, max_steps=4)
     assert "made this checkpoint" not in capsys.readouterr().out
