@@ -1,4 +1,4 @@
-"""Checks the kernels of a card, and measures every speed that the documentation quotes.
+"""Checks the kernels on a card, and measures the speeds that the documentation quotes.
 
     python bench.py check                   whether this card computes every op correctly, and which settings suit it
     python bench.py train [CONFIG.py ...] [--name=value ...]   training steps, against other models of the same shape
@@ -30,7 +30,7 @@ CONFIGS = {
     ("copy", "cpu"): ["configs/tiny.py"],
 }
 
-# What each command reads of its command line; settings are --name=value. `check` takes --device alone of these.
+# The arguments that each command reads; settings are --name=value. `check` takes only --device of these.
 READS = {
     "check": (),
     "train": ("configs", "settings", "rounds", "nanogpt", "json"),

@@ -85,7 +85,7 @@ class ModelConfig:
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
         _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
         shape = f"(dim={self.dim}, n_heads={self.n_heads})"
-        _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings turn pairs of channels {shape}")
+        _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings rotate pairs of channels {shape}")
         _check(self, "n_heads", self.n_heads % self.n_kv_heads == 0, f"must be a multiple of n_kv_heads={self.n_kv_heads}")
         for name in ("rope_theta", "rope_factor", "rope_low_freq_factor", "norm_eps"):
             _check(self, name, getattr(self, name) > 0, "must be above 0")
@@ -128,7 +128,7 @@ class Config(ModelConfig):
 
     repeated_weight: float = setting(
         1.0,
-        "loss weight of targets that already followed the current token earlier in the window; all others have weight 1",
+        "loss weight, relative to all others, of targets that already followed the current token earlier in the window",
         least=0,
     )
 
@@ -155,7 +155,7 @@ class Config(ModelConfig):
     )
     compile: Literal["auto", "on", "off"] = setting("auto", "torch.compile block by block; auto: on CUDA and CPUs, if it works")
     kernels: Literal["auto", "fused", "sdpa", "eager"] = setting(
-        "auto", "op set: Triton, PyTorch's fused kernels or the definitions; auto: fused where Triton fits, else sdpa"
+        "auto", "op set: Triton, PyTorch's own kernels or the definitions; auto: fused on NVIDIA GPUs in 16 bits, else sdpa"
     )
 
     def __post_init__(self):
@@ -217,10 +217,10 @@ def load(argv: list[str]) -> Config:
     for name in PATHS:
         if isinstance(values.get(name), str) and values[name]:
             values[name] = os.path.relpath(ROOT / values[name])
-    # --out_dir= with nothing behind it comes from an unset variable of a shell.
+    # An empty --out_dir= comes from an unset shell variable.
     given = {name: parse(name, text) for name, text in given.items() if (name, text) != ("out_dir", "")}
     if "data" in given:
-        values.pop("prepare", None)  # which makes the data that the file names
+        values.pop("prepare", None)  # it makes the data that the file names
     return from_dict(values | given)
 
 
@@ -236,7 +236,7 @@ def read_file(path: Path) -> dict:
     """Returns what a config file assigns, without imported modules and names that begin with an underscore."""
     if not path.is_file():
         available = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
-        raise UserError(f"{path}: no such config file; there are {available}")
+        raise UserError(f"{path}: no such config file; available: {available}")
     if path.suffix in (".json", ".pt", ".bin", ".jsonl"):
         raise UserError(f"{path}: a config is a Python file, such as configs/tiny.py; a run resumes by its own --out_dir")
     try:

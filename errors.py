@@ -2,7 +2,7 @@
 
 0    done
 2    a usage error: one line that names the thing and the remedy
-3    a training run that a signal stopped, after it was saved
+3    a training run was stopped by a signal, after saving
 4    the run failed
 130  interrupted by Ctrl-C
 """
@@ -24,7 +24,7 @@ class OutOfMemory(UserError):
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on, through no usage error."""
+    """The run cannot continue, for a reason other than a usage error."""
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
     python eval_copy.py runs/tiny/ckpt.pt                         the scores, as a table
     python eval_copy.py runs/tiny --plot copy.png --json copy.json
     python eval_copy.py runs/text --data data/text                also on held-out text, and the loss by position
-    python eval_copy.py runs/tiny/ckpt.pt --ablate=zero           also how it copies without its best induction heads
+    python eval_copy.py runs/tiny/ckpt.pt --ablate=zero           also how well it copies without its best induction heads
     python eval_copy.py runs/tiny --over_steps                    every checkpoint of a run, into its measures.jsonl
     python eval_copy.py runs/tiny --attention 'some text' page.html    a page that shows where each head looks
     python eval_copy.py runs/tiny/ckpt.pt --prompt 'some text'    continues the text instead; sample.py has more options
@@ -60,7 +60,7 @@ def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, tex
     tests = {}
     for name in names or default_alphabets(ours) + ["text"] * (text is not None):
         if name == "text" and text is None:
-            raise UserError("alphabet=text: takes held-out text; pass --data=FOLDER, a prepared folder")
+            raise UserError("alphabet=text: needs held-out text; pass --data=FOLDER, a prepared folder")
         ids = text if name == "text" else alphabet(ours, name)
         try:
             tests[name] = make_test(ids, seq_len, tokenizer.bos, samples, passages=name == "text")
@@ -74,8 +74,8 @@ def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full
     """Returns all scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
 
     A progress bar on stderr counts the tokens that the model reads. full=False is for evaluations during training: it leaves
-    out the bar, the k-gram baseline, the context, and the scores of heads that take more than one pass. The model is left in
-    eval mode.
+    out the bar, the k-gram baseline, the use of the context, and all scores of heads but heads.attention_scores. The model is
+    left in eval mode.
     """
     ours, bos = vocabulary(tokenizer), tokenizer.bos
     if not full:
@@ -178,7 +178,7 @@ def open_held_out(folder: str, seq_len: int, model: Llama, tokenizer: Tokenizer)
 
 
 def over_steps(run: Path, args: argparse.Namespace):
-    """Adds a row to a run's measures.jsonl for each of its checkpoints, milestones included, that has none there yet."""
+    """Adds a row to a run's measures.jsonl for each checkpoint, milestones included, that has none yet."""
     if run.is_file():
         raise UserError(f"{run}: --over_steps takes a run directory; pass {run.parent}")
     file = run / "measures.jsonl"
@@ -248,7 +248,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--context={args.context}: expected 0 or more")
     unused = [name for name in ("ablate", "data", "json", "plot") if getattr(args, name)]
     if args.over_steps and unused:
-        parser.error(f"--over_steps writes measures.jsonl alone; leave out --{unused[0]}")
+        parser.error(f"--over_steps writes only measures.jsonl; leave out --{unused[0]}")
     if args.over_steps and "text" in (args.alphabet or ()):
         parser.error("--over_steps has no held-out text; leave out --alphabet=text")
     if (args.prompt is not None or args.attention) and unused:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and replace no file of another kind."""
+"""Writes files completely or not at all, and never over a file of another kind."""
 
 import contextlib
 import os
@@ -49,13 +49,13 @@ def atomic_writer(path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path, data: bytes | str):
-    """Replaces the file at `path` by `data`; text is written as UTF-8."""
+    """Replaces the file at `path` with `data`; text is written as UTF-8."""
     with atomic_writer(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def check_output(option: str, file: str | Path, *suffixes: str):
-    """Raises UserError before long work if `file` cannot be written, or would replace a file of another kind."""
+    """Raises UserError if `file` cannot be written or would replace a file of another kind; called before long work."""
     path = Path(file)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")

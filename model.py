@@ -1,7 +1,7 @@
 """The Llama in one file: RMSNorm before each half of a block, rotary positions, grouped-query attention, SwiGLU.
 
-The model is handed its ops (kernels.eager or another op set), so nothing here depends on a device. Parameters are fp32, or
-have the dtype of the file that they come from; activations have the dtype asked for, and each weight is cast where it is used.
+The ops (kernels.eager or another op set) are passed to the model, so nothing here depends on a device. Parameters are fp32, or
+have the dtype of the file that they come from; activations have the given dtype, and each weight is cast where it is used.
 B, T, H, Dh, D, F, V: batch, time, heads, head dim, model dim, feed-forward dim, vocabulary.
 """
 
@@ -78,10 +78,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(self, x, residual, next_norm, rope, seed=None, extend=None):
-        """Reads and writes the residual stream (B, T, D): x is its norm by attention_norm, computed by what precedes the block.
+        """residual (B, T, D) is the residual stream, and x its norm by attention_norm, computed before the block.
 
-        Returns its norm by next_norm (D,), which the next block reads, and the stream: an addition and the norm that follows
-        it are one op. seed (B,) keys attention dropout; extend(k, v) is KVCache.extend of this layer.
+        Returns the new stream's norm by next_norm (D,), the next block's x, and the new stream: an addition and the norm that
+        follows it are one op. seed (B,) keys attention dropout; extend(k, v) is KVCache.extend of this layer.
         """
         x = self.attention(x, rope, seed, extend)
         x, residual = self.ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
@@ -178,9 +178,9 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, n, temperature=0.0, top_k=0):
-        """Yields up to n new tokens (B,) after the prompt (B, T), until the context (seq_len) is full.
+        """Yields the next token of each sequence, (B,), n times or until the context (seq_len) is full, after prompts (B, T).
 
-        Below a temperature of 1e-6 they are the most likely ones; else samples, of the top_k most likely ones if it is not 0.
+        Greedy below a temperature of 1e-6; otherwise sampled, from the top_k most likely tokens if top_k is not 0.
         """
         n = min(n, self.config.seq_len - tokens.shape[1])
         cache = KVCache(self, len(tokens), tokens.shape[1] + n)
@@ -206,7 +206,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Writes k, v (B, T, Hkv, Dh) of a layer at the end and returns all up to there: (B, length + T, Hkv, Dh) each."""
+        """Appends k, v (B, T, Hkv, Dh) of a layer and returns all of its keys and values: (B, length + T, Hkv, Dh) each."""
         end = self.length + k.shape[1]
         keys, values = self.kv[layer]  # (B, max_len, Hkv, Dh) each
         keys[:, self.length : end] = k
@@ -217,7 +217,8 @@ class KVCache:
 def rotary_table(config: ModelConfig, device):
     """cos and sin (T, Dh/2) of position * theta^(-2i/Dh) / rope_factor, fp32. Su et al. 2021.
 
-    Llama 3.1 divides fully up to low turns within the original context, not at all from high ones, and in between by degrees.
+    Llama 3.1's scaling divides frequencies of up to `low` turns in the original context, keeps those of `high` or more, and
+    interpolates in between.
     """
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     positions = torch.arange(config.seq_len, device=device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Reproduces the figures of "Language Models 'Grok' to Copy", and what the paper left open.
+"""Reproduces the figures of "Language Models 'Grok' to Copy", and adds some on questions that the paper left open.
 
     python reproduce.py all --scale=tiny        on 2 CPU cores, within 90 minutes
     python reproduce.py b --scale=tiny          one figure: its runs, their scores, the picture and its part of REPORT.md
@@ -7,8 +7,8 @@
     python reproduce.py all --scale=paper       the paper's 40 billion tokens a run, under torchrun on all GPUs of the machine
 
 Each run is train.py with settings of its own, in runs/figures/<scale>/<variant>/seed<n>. Finished runs are not repeated, and
-stopped ones resume. Each checkpoint is measured once, by the same questions, into measures.jsonl beside it. Figures and
-REPORT.md are made from these rows alone, in results/<scale>/, also where some of the runs are missing.
+stopped ones resume. Each checkpoint is measured once, with the same questions, into measures.jsonl beside it. Figures and
+REPORT.md are made only from these rows, in results/<scale>/, even if some of the runs are missing.
 """
 
 import sys
@@ -89,13 +89,13 @@ class Runs:
         return bool(rows) and rows[-1]["step"] >= self.configs[variant].max_steps
 
     def check(self, path: Path, settings: dict, variant: str):
-        """Raises UserError if the run or rows at `path` were made with other settings than the variant has now."""
+        """Raises UserError if the settings of the run or the rows at `path` are not the variant's present ones."""
         other = changed(settings, self.configs[variant]).keys() - MAY_CHANGE - {"dtype", "seed"}
         if other:
             raise UserError(f"{path}: made with other settings: {', '.join(sorted(other))}; set them back, or move it away")
 
     def run(self, command: list[str], folder: Path, seconds: float | None = None) -> int:
-        """Runs python with these arguments, and stops it after so many seconds. Returns its exit status; output: log.txt."""
+        """Runs python with these arguments for at most `seconds`, its output in log.txt. Returns its exit status."""
         env = os.environ | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})  # one run per core is fastest
         with open(folder / "log.txt", "a") as log:
             child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=env)
@@ -116,7 +116,7 @@ class Runs:
         return RunFailed(f"{folder}: {lines[-1] if lines else 'failed without a message'}")
 
     def train(self, variant: str, seed: int) -> bool:
-        """Trains a run until its end or the deadline. Returns whether it is complete."""
+        """Trains a run to its end or until the deadline. Returns whether it is complete."""
         folder = self.folder(variant, seed)
         if (folder / "ckpt.pt").exists() and self.reached("metrics.jsonl", variant, seed):
             self.check(folder, json.loads((folder / "config.json").read_text()), variant)
@@ -163,9 +163,9 @@ class Runs:
         return [logged[r["step"]] | r | corpus for r in measured if "val_loss" in logged.get(r["step"], ())]
 
     def rows(self, variant: str) -> list[list[dict]]:
-        """Returns the rows of seeds 0, 1, ..., up to the variant's last step; the seeds before the first that is not complete.
+        """Returns the rows, up to the variant's last step, of seeds 0, 1, ... before the first that is not complete.
 
-        They are kept in results/<scale>/rows, from where figures are drawn once the runs are gone.
+        They are kept in results/<scale>/rows, from which figures are drawn once the runs are gone.
         """
         stand, last = self.standing_for(variant), self.configs[variant].max_steps
         found = list(itertools.takewhile(bool, (self.rows_of_seed(stand, seed) for seed in self.seeds(stand))))
@@ -185,7 +185,7 @@ class Runs:
 
 
 def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
-    """Trains and measures what the figures need, `jobs` runs at a time; False where the deadline came before the end."""
+    """Trains and measures what the figures need, `jobs` runs at a time. Returns False if the deadline came first."""
     names = dict.fromkeys(runs.standing_for(name) for letter in letters for name in FIGURES[letter].variants(runs.scale))
     for folder, arguments in {c.data: c.prepare for c in map(runs.configs.get, names) if c.prepare}.items():
         prepare.prepare([*arguments.split(), f"--out={ROOT / folder}"])
@@ -216,7 +216,7 @@ def train_all(letters: list[str], runs: Runs, jobs: int) -> bool:
 
 
 def draw(letters: list[str], runs: Runs) -> bool:
-    """Draws the figures from what has been measured of their runs, and writes REPORT.md. Returns whether anything has been."""
+    """Draws the figures from what has been measured, and writes REPORT.md. Returns whether there was anything to draw."""
     runs.out.mkdir(parents=True, exist_ok=True)
     rows = functools.cache(runs.rows)
     drawn = False
@@ -239,7 +239,7 @@ def draw(letters: list[str], runs: Runs) -> bool:
 
 
 def rounded(found):
-    """Returns nested values with floats of 10 digits, in which two machines agree."""
+    """Returns nested values with floats rounded to 10 significant digits, on which machines agree."""
     if isinstance(found, dict):
         return {name: rounded(value) for name, value in found.items()}
     if isinstance(found, (list, tuple)):
@@ -248,7 +248,7 @@ def rounded(found):
 
 
 def main(argv: list[str]) -> int:
-    """Exit status 0: done; 2: the user's mistake; 3: the minutes ended, the same command resumes; 4: a run failed."""
+    """Exit status 0: done; 2: a usage error; 3: --minutes is over, and the same command resumes; 4: a run failed."""
     parser = Parser(prog="python reproduce.py", description=__doc__.split("\n")[0])
     titles = "; ".join(f"{letter}: {figure.title}" for letter, figure in FIGURES.items())
     parser.add_argument("figure", choices=[*FIGURES, "all"], help=titles)
@@ -262,7 +262,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core, or one on GPUs)")
     parser.add_argument("--redraw", action="store_true", help="draw the figures and REPORT.md again, without training")
     args = parser.parse_args(argv)
-    os.chdir(ROOT)  # which the paths of the runs are relative to
+    os.chdir(ROOT)  # the paths of the runs are relative to it
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs={args.jobs}: expected 1 or more")
     if args.minutes is not None and not args.minutes >= 0:

@@ -46,7 +46,7 @@ def load(path, device="auto", ops="auto") -> tuple[Llama, Tokenizer, int]:
     with about(path):
         tokenizer = tokenizer_from_state(state["tokenizer"])
     if tokenizer.size > config.vocab_size:
-        raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model knows {config.vocab_size}")
+        raise UserError(f"{path}: its tokenizer has {tokenizer.size} ids, but its model has {config.vocab_size}")
     return model.eval(), tokenizer, state["step"]
 
 
@@ -58,7 +58,7 @@ def prompt_ids(model: Llama, tokenizer: Tokenizer, text: str) -> list[int]:
         raise UserError("prompt: the text is not valid UTF-8") from None
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + (list(map(int, tokenizer.encode(text))) if text else [])
     if not ids:
-        raise UserError("a prompt of 0 tokens cannot be continued; pass --prompt")
+        raise UserError("an empty prompt cannot be continued without a bos; pass --prompt")
     if len(ids) >= model.config.seq_len:
         raise UserError(f"prompt of {len(ids)} tokens: this model's context takes 1 to {model.config.seq_len - 1}")
     return ids
@@ -90,7 +90,7 @@ def stream(model: Llama, tokenizer: Tokenizer, text: str, n=200, temperature=0.0
 
 
 def write_samples(model: Llama, tokenizer: Tokenizer, prompt: str, samples=1, n=200, temperature=0.0, top_k=0):
-    """Prints the prompt and its continuation as it is generated; several with a line between them."""
+    """Prints the prompt and its continuation as it is generated; a line separates several samples."""
     for i in range(samples):
         pieces = stream(model, tokenizer, prompt, n, temperature, top_k)
         for piece in itertools.chain(["-" * 15 + "\n"] if i else [], [prompt], pieces, ["\n"]):

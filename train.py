@@ -173,7 +173,7 @@ class Run:
         return 0
 
     def read_stats(self) -> dict:
-        """Returns the row of the last update, for which it waits for the device. Saves before it raises RunFailed."""
+        """Reads the statistics from the device, and returns the row of the last update. Saves before it raises RunFailed."""
         try:
             row = self.stats.read(self.step)
         except RunFailed:
@@ -182,7 +182,7 @@ class Run:
         return row | {"lr": learning_rate(self.step, self.config)}
 
     def needs_evaluation(self, due: set[str]) -> bool:
-        """Returns whether validation or the copy test is due and was not made before the run was interrupted."""
+        """Returns whether validation or the copy test is due and was not completed before an interruption."""
         return bool(due & {"validate", "copy"}) and self.world.any(self.world.rank == 0 and not metrics.is_evaluated(self.row))
 
     def evaluate(self, due: set[str]):
@@ -206,7 +206,7 @@ class Run:
         self.row = {}
 
     def save_due(self, due: set[str], stopping=False):
-        """Saves the milestone and the checkpoint that are due; a run that stops saves its checkpoint in any case."""
+        """Saves the milestone and the checkpoint if they are due; a run that is stopping always saves its checkpoint."""
         if "milestone" in due:
             self.save(f"milestone_{self.step}.pt", weights_only=True)
         if "save" in due or stopping:
@@ -234,7 +234,7 @@ class Run:
             self.read_stats()
         self.write_row()
         if self.step == 0:
-            self.world.say("stopped before the first update: there is nothing to save, and the same command starts again")
+            self.world.say("stopped before the first update: there is nothing to save; the same command starts over")
             return 3
         self.save_due(due_after(self.step, self.config), stopping=True)
         same = "the same command" if self.config.resume == "auto" else "the same command without --resume"
@@ -243,7 +243,7 @@ class Run:
 
 
 def forward_backward(model, x, y, seed, weight) -> torch.Tensor:
-    """Adds the gradients of weight * loss to those of the parameters; returns the loss.
+    """Adds the gradients of weight * loss to the parameters' gradients; returns the loss.
 
     x, y (B, T) ids; seed (B,), the keys of attention dropout, or None; weight is a scalar on the device.
     """
@@ -255,11 +255,11 @@ def forward_backward(model, x, y, seed, weight) -> torch.Tensor:
 def update(
     step, model, optimizer, loss_scale, train_bin, config: Config, world, stop, micro_step=forward_backward
 ) -> torch.Tensor:
-    """Makes update number `step`, counted from 1; model may be wrapped for several ranks, micro_step may be a CUDA graph.
+    """Performs update number `step`, counted from 1; model may be wrapped for several ranks, micro_step may be a CUDA graph.
 
     Returns (4,) on the device: loss and gradient norm of the whole batch, the loss of this rank's share, and the loss scale.
-    If loss or norm are not finite, parameters and moments stay as they are. Raises Stopped, before changing anything, if a stop
-    signal has arrived.
+    If the loss or the norm is not finite, parameters and moments stay unchanged. Raises Stopped, before changing anything, if a
+    stop signal has arrived.
     """
     per_rank, micro = distributed.split_batch(config, world)
     first = (step - 1) * config.batch_size + world.rank * per_rank  # in the run's order
@@ -297,15 +297,15 @@ def update(
 
 
 def dropout_seeds(config: Config, start: int, count: int, device):
-    """Returns a key per sequence, (count,) int64, that depends on its position in the run alone; None without dropout."""
+    """Returns a key per sequence, (count,) int64, which depends only on its position in the run; None without dropout."""
     if not config.attn_dropout:
         return None
     return torch.from_numpy(of_batch(config, start, count, 1, lambda rng, size: rng.integers(2**62, size=size))).to(device)
 
 
 def of_batch(config: Config, start: int, count: int, stream: int, draw) -> np.ndarray:
-    """Returns rows start .. start + count - 1, counted over the run, of the random array that draw(generator, batch_size) makes
-    for each batch.
+    """Returns the random rows at positions start .. start + count - 1 of the run; draw(generator, batch_size) makes those of a
+    whole batch.
 
     A row depends only on the seed, the stream and its position in the run, not on how the batch is split; `stream` separates
     independent uses.

@@ -1,4 +1,4 @@
-"""The shortest time to copying on one GPU: llama162m's model on the Python source text of the machine, in small batches.
+"""Aims at a short time to copying on one GPU: llama162m's model on the Python source text of the machine, in small batches.
 
     python bench.py copy configs/copyrun.py
 
@@ -18,7 +18,7 @@ warmup_steps = 100
 schedule = "constant"
 beta2 = 0.99
 
-eval_interval = 0  # a validation costs time and is no part of the question
+eval_interval = 0  # validation takes time and is not needed here
 copy_eval_interval = 1000  # the test takes as long as 250 updates
 log_interval = 50
 ckpt_interval = 5000

@@ -1,7 +1,7 @@
 """Real text: the source of Python's standard library and the names of the world's towns; 0.8 million parameters, half an hour
 on one CPU core.
 
-The model forms an induction head after 2 million tokens and then learns to copy random ones: docs/text.md has the figures.
+The model forms an induction head after 2 million tokens and then learns to copy random tokens: docs/text.md has the figures.
 """
 
 data = "data/text"

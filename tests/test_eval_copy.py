@@ -351,7 +351,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["ckpt.pt", "--context=97"], "--context=97: this model's context is 96"),
         (["ckpt.pt", "--samples=0"], "--samples=0: expected 1 or more"),
         (["run", "--plot", str(tmp_path / "x.png")], "metrics.jsonl"),
-        (["run", "--over_steps", "--data=a"], "--over_steps writes measures.jsonl alone; leave out --data"),
+        (["run", "--over_steps", "--data=a"], "--over_steps writes only measures.jsonl; leave out --data"),
         (["run", "--over_steps", "--alphabet", "text"], "--over_steps has no held-out text; leave out --alphabet=text"),
         (["ckpt.pt", "--over_steps"], "--over_steps takes a run directory; pass"),
         (["ckpt.pt", "--prompt=a", "--json=x.json"], "--prompt and --attention measure nothing; leave out --json"),

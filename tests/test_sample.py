@@ -138,7 +138,7 @@ def test_each_mistake_ends_with_status_2_and_one_line(tmp_path, capsys):
         (["none.pt"], "none.pt: no such file or folder"),
         (["ckpt.pt", "--prompt=A"], "character 'A'"),
         (["ckpt.pt", "--prompt", "a" * 96], "prompt of 97 tokens: this model's context takes 1 to 95"),
-        (["ids.pt"], "a prompt of 0 tokens cannot be continued"),
+        (["ids.pt"], "an empty prompt cannot be continued"),
         (["ckpt.pt", "--temperature=-1"], "--temperature=-1.0: expected 0 or more"),
         (["ckpt.pt", "--temperature=nan"], "--temperature=nan: expected 0 or more"),
         (["ckpt.pt", "--top_k=-1"], "--top_k=-1"),
