@@ -1,7 +1,7 @@
-"""The reader that trains from bins: train.bin and val.bin, little-endian uint16 token ids, with a meta.json beside them.
+"""Reads bins for training: train.bin and val.bin, little-endian uint16 token ids, with a meta.json beside them.
 
 nanoGPT's and llama2.c's bins are headerless like ours, llm.c's and modded-nanogpt's have a header. All are read as they are,
-also in many files, and without a meta.json.
+in one file or many, with or without a meta.json.
 
     python -m data.bins runs/tiny --step=1000     the batch of that step, as ids and as text
 """
@@ -27,7 +27,7 @@ MAGIC_UINT32 = 20240801  # where tokens are uint32
 
 
 class DataChanged(RunFailed):
-    """A bin file changed while the run had it open. Of several ranks, one alone may notice."""
+    """A bin file changed while the run had it open. Of several ranks, only one may notice."""
 
 
 class UnknownId(UserError):
@@ -35,9 +35,9 @@ class UnknownId(UserError):
 
 
 def files(path) -> list[Path]:
-    """Returns the files whose tokens, one after the other, are the bin named `path`, such as data/tiny/train.bin.
+    """Returns the files whose concatenated tokens are the bin named `path`, such as data/tiny/train.bin.
 
-    If that file does not exist, these are the shards beside it: by name those with "train" or else "val" in it, or llama2.c's
+    If that file does not exist, these are the shards beside it: those with "train" or "val" in their names, or llama2.c's
     data00.bin for validation and data01.bin ... for training. Raises UserError if its folder is a file.
     """
     path = Path(path)
@@ -55,7 +55,7 @@ def files(path) -> list[Path]:
 class Shard:
     """One file, mapped once and read-only: tokens (n,) uint16.
 
-    Raises UserError if it is empty, no whole number of tokens, or not of the size that its header states.
+    Raises UserError if it is empty, not a whole number of tokens, or not of the size that its header states.
     """
 
     def __init__(self, path: Path):
@@ -88,12 +88,13 @@ class Shard:
 class Bin:
     """The tokens of one split, in one file or several: one stream, wherever it is cut into files.
 
-    Window w is tokens[w * seq_len : (w + 1) * seq_len + 1], so that neighbours share one token: the last target of the one
-    is the first input of the next. Tokens past the last whole window are not used.
+    Window w is tokens[w * seq_len : (w + 1) * seq_len + 1], so that neighbours share one token: the last target of one is the
+    first input of the next. Tokens past the last whole window are not used.
 
-    option: the command-line option that sets seq_len, which messages name
+    option: the command-line option that sets seq_len, for messages
     n_tokens, n_windows: how many there are
-    Raises UserError if there is no file, one that Shard refuses, less than a window, or not what meta.json states.
+    Raises UserError if there is no file, Shard refuses one, the tokens are fewer than a window, or their number differs from
+    meta.json's.
     """
 
     def __init__(self, path, seq_len: int, vocab_size: int, option="--seq_len"):
@@ -120,7 +121,7 @@ class Bin:
         self.n_windows = (self.n_tokens - 1) // seq_len
 
     def windows(self, indices) -> np.ndarray:
-        """Returns the token ids (B, seq_len + 1) int64 of the windows with these numbers (B,).
+        """Returns the token ids (B, seq_len + 1) int64 of the windows with these indices (B,).
 
         Raises UnknownId for an id >= vocab_size, and DataChanged if a file was changed since it was opened.
         """
@@ -226,9 +227,9 @@ def import_bins(folder: Path, tokenizer: Tokenizer | None, arguments: dict) -> d
 
 
 def batch(run: Path, step: int, folder: str = ""):
-    """Returns the batch of a step of a run: its windows' numbers (B,), their ids (B, seq_len + 1), and the tokenizer.
+    """Returns the batch of a step of a run: its windows' indices (B,), their ids (B, seq_len + 1), and the tokenizer.
 
-    folder: that of the data, where they are not at the path that the run was given. Raises UserError if they are others.
+    folder: where the data are, if not at the path that the run was given. Raises UserError if they are not the run's data.
     """
     path = run / "config.json"
     if not path.exists():

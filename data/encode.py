@@ -154,7 +154,7 @@ def insert_repeats(ids: np.ndarray, share: float, rng: np.random.Generator) -> n
 def encode_all(
     batches: Iterable[Batch], tokenizer: Tokenizer, settings: Settings, processes: int
 ) -> Iterator[tuple[Batch, Encoded]]:
-    """Yields each batch, without its documents, and its tokens. A single batch or process is encoded in this process."""
+    """Yields each batch, without its documents, and its tokens. Encodes in this process if there is one batch or process."""
     batches = iter(batches)
     first = list(itertools.islice(batches, 2))
     batches = itertools.chain(first, batches)
@@ -186,13 +186,13 @@ def encode_all(
 
 @contextlib.contextmanager
 def _ctrl_c_later():
-    """Keeps a Ctrl-C until the end of the block, and from the processes that are started in it."""
+    """Delays a Ctrl-C until the end of the block, and hides it from processes started in the block."""
     if os.name != "posix":
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     came = []
-    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # the mask is this thread's: another may take it
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # the mask covers only this thread
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ def write_meta(folder: Path, vocab_size: int, splits: dict, counts, details: dic
 
     splits: {split: {"tokens", "docs", "bytes", "blake2b"}}
     counts: how often each id occurs in the training tokens
-    details: whatever else is to be recorded, the tokenizer's entries among it
+    details: other entries, including the tokenizer's
     """
     fixed = {"format": FORMAT, "dtype": "uint16 little-endian", "vocab_size": vocab_size, "splits": splits}
     meta = fixed | details | {"fingerprint": fingerprint(splits)}

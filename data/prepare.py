@@ -8,8 +8,8 @@
     python -m data.prepare repeats --alphabet=64 --length=128
 
 Each document becomes bos and its ids, in train.bin or val.bin by a hash of its text and --seed: it keeps its split when the
-source grows. Repeating a command whose dataset is there does nothing. Repeating one that was interrupted resumes it, and ends
-with the same bytes.
+source grows. Repeating a command whose dataset is complete does nothing. Repeating one that was interrupted resumes it, and
+gives the same bytes.
 """
 
 import sys
@@ -43,15 +43,15 @@ from data.writer import Writer, report, write_documents
 from errors import UserError
 from files import atomic_write
 
-BPE_CHARS = 10**9  # of text that the sample for training a tokenizer is drawn from, at most
-TOKEN_CHARS = 20  # of text read for it, at most, for each token that --tokens asks for
+BPE_CHARS = 10**9  # characters, at most, from which the sample for training a tokenizer is drawn
+TOKEN_CHARS = 20  # of these, at most, for each token that --tokens asks for
 # The options of sources without a tokenizer of their own, and those of all sources, with their defaults.
 TEXT = {"tokenizer": "bytes", "vocab_size": 0, "repeat": 0.0}
 COMMON = {"val_fraction": 0.01, "seed": 0}
 
 
 def prepare(argv: list[str]) -> Path:
-    """Does what the command line says and returns the dataset's folder. Raises UserError for a user's mistake."""
+    """Prepares the dataset that the command line describes, and returns its folder. Raises UserError for a usage error."""
     args, out, processes = parse(argv)
     tokenizer = choose_tokenizer(args)
     if args["source"] == "from-bin":
@@ -153,7 +153,7 @@ def check(args: dict, out: Path, processes: int):
     if tokenizer == "bpe":
         args["vocab_size"] = size or 2048
     elif size:
-        raise UserError(f"--vocab_size={size}: {tokenizer} has its own; add --tokenizer=bpe, or leave it out")
+        raise UserError(f"--vocab_size={size}: {tokenizer} has a fixed vocabulary; add --tokenizer=bpe, or leave it out")
     if tokenizer and Path(tokenizer).suffix:
         args["tokenizer"] = os.path.abspath(tokenizer)
     if "paths" in args:
@@ -175,7 +175,7 @@ def choose_tokenizer(args: dict) -> Tokenizer | None:
 
 
 def is_prepared(out: Path, args: dict, tokenizer: Tokenizer | None) -> bool:
-    """Returns whether `out` holds this very dataset, complete. Raises UserError if it holds another, as none is overwritten."""
+    """Returns whether `out` holds exactly this dataset, complete. Raises UserError if it holds another: none is overwritten."""
     meta = load_meta(out)
     names = ("train.bin", "val.bin", *(kind.file for kind in KINDS.values() if kind.file))
     found = [name for name in names if (out / name).exists()]
@@ -207,9 +207,9 @@ def train_tokenizer(size: int, parts: list[Part], writer: Writer) -> Tokenizer:
 
 
 def training_texts(parts: list[Part]) -> Iterator[str]:
-    """Yields the texts of the parts, of a large source the first BPE_CHARS characters: of each group by its quota.
+    """Yields the texts of the parts: at most the first BPE_CHARS characters, which groups share in proportion to their quotas.
 
-    Where --tokens sets a quota, no more of a group is read than about that many tokens take.
+    If --tokens sets quotas, at most TOKEN_CHARS characters are read for each token of them.
     """
     quotas = {part.group: part.quota for part in parts}
     total = sum(quotas.values())

@@ -41,7 +41,7 @@ HELP = {  # of all options of data.prepare
     "revision": "git revision of the dataset, which pins its contents",
     "urls": "file or URL that lists the URLs of its files, one a line",
     "alphabet": "number of different characters",
-    "length": "tokens in a row with its bos: the seq_len to train with",
+    "length": "tokens in a row, bos included; train with this seq_len",
     "rows": "number of rows, each of which is a document",
     "span_min": "shortest segment, in characters",
     "span_max": "longest segment, in characters",
@@ -205,7 +205,7 @@ def redpajama_sample(field="text", tokens=0):
 
 @source
 def redpajama(urls=RED_PAJAMA_URLS, field="text", tokens=0):
-    """RedPajama v1, each of its sources by its share of --tokens, its files in the order of a hash of their URLs."""
+    """RedPajama v1: --tokens tokens, from each of its sources in proportion to its size, files ordered by a hash of the URL."""
     if not tokens:
         raise UserError("--tokens=0: all of RedPajama is 2.7 TB; pass the number of tokens wanted, such as --tokens=40e9")
     with open_file(urls) as file:

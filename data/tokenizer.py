@@ -1,7 +1,7 @@
-"""Finds the tokenizer of a name, a prepared folder or a checkpoint, and trains BPE tokenizers.
+"""Loads the tokenizer of a name, a prepared folder or a checkpoint, and trains BPE tokenizers.
 
-A prepared folder names its tokenizer in meta.json. A checkpoint carries all of it in plain values (`Tokenizer.state`,
-`tokenizer_from_state`), so that it turns text into ids with no other file.
+A prepared folder names its tokenizer in meta.json. A checkpoint contains the tokenizer as plain values (`Tokenizer.state`,
+`tokenizer_from_state`), so that it needs no other file to encode text.
 """
 
 import base64
@@ -73,7 +73,7 @@ def _encoding(name: str) -> Tiktoken:
     except Exception as e:
         what = textwrap.shorten(f"{type(e).__name__}: {e}", 160)
         raise UserError(
-            f"tiktoken cannot download it ({what}); bring its ranks file here by other means (gpt2's is "
+            f"tiktoken cannot download it ({what}); download its ranks file by other means (gpt2's is "
             "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken), and pass --tokenizer=FILE.tiktoken"
         ) from None
     tokens = sorted((encoding.encode_single_token(token), token) for token in encoding.token_byte_values())
@@ -99,7 +99,7 @@ def tokenizer_from_state(state: dict) -> Tokenizer:
 
 
 def tokenizer_to_meta(tokenizer: Tokenizer) -> tuple[dict, dict[str, bytes]]:
-    """Returns a tokenizer's entries in meta.json, and the files that lie beside it."""
+    """Returns a tokenizer's entries in meta.json, and the files to write beside it."""
     entry = tokenizer.state()
     entry.pop("counts", None)  # those of a new dataset are not known yet
     files = {}

@@ -1,4 +1,4 @@
-"""The kinds of tokenizers: bytes, single characters, a sentencepiece model, GPT-2's BPE by tiktoken, and ids alone."""
+"""The kinds of tokenizers: bytes, single characters, a sentencepiece model, GPT-2's BPE by tiktoken, and bare ids."""
 
 import base64
 import functools
@@ -11,7 +11,7 @@ from errors import UserError
 HEX = "0123456789abcdef"
 # GPT-2's, as tiktoken writes it: contractions, then words, numbers and signs, each with the space before it, then spaces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-LINES_CHARS = 1024  # of text given to sentencepiece at once, where that makes no difference: it is faster with less
+LINES_CHARS = 1024  # given to sentencepiece at once, if the ids stay the same: it is faster on short text
 GPT2_CHARS = 2**19  # given to tiktoken at once: the pattern overflows its stack on 999,999 spaces before a letter
 
 

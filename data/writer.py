@@ -187,7 +187,7 @@ def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, set
 
 
 def progress_bar(parts: list[Part], tokens: int, initial: int) -> tqdm.tqdm:
-    """Returns a bar of the tokens wanted, or of the bytes of text: how many is not known of compressed and remote files."""
+    """Returns a bar of the tokens wanted, or of the bytes of text, without a total for compressed and remote files."""
     sizes = [None if part.name.endswith((".gz", ".zst")) else part.size for part in parts]
     total = tokens or (None if None in sizes else sum(sizes))
     terminal = sys.stdout.isatty()
@@ -222,7 +222,7 @@ def report(writer: Writer, state: dict, parts: list[Part]):
 
 
 def another_fraction(split: str, lowest: float, highest: float) -> str:
-    """Returns advice for an empty split: a short --val_fraction that gives it few documents, whose places are within these."""
+    """Returns advice for an empty split: a short --val_fraction between the split hashes, which gives it few documents."""
     if lowest == highest:
         return "all of them have the same text; name other files"
     exact = lowest + (highest - lowest) * (0.01 if split == "val" else 0.99)

@@ -75,8 +75,8 @@ def read(folder) -> dict:
 def write(folder, state: dict, tokenizer) -> bool:
     """Writes a checkpoint's model and its tokenizer (a data.tokenizer.Tokenizer) as a folder that transformers loads.
 
-    The folder is written aside and renamed. Returns whether it has a tokenizer.json, whose ids are ours. Raises UserError
-    if the folder exists and is not empty, and if the weights do not fit the config.
+    The folder is written under a temporary name and renamed. Returns whether it has a tokenizer.json, with our ids. Raises
+    UserError if the folder exists and is not empty, or if the weights do not fit the config.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -110,7 +110,7 @@ def _their_weights(model: dict, config: ModelConfig) -> dict[str, torch.Tensor]:
     weights = {}
     for ours, theirs in tensor_names(config).items():
         if ours not in model or model[ours].shape != (sum(s[0] for s in theirs.values()), *next(iter(theirs.values()))[1:]):
-            raise UserError(f"{ours}: missing, or of another shape than the checkpoint's own config has")
+            raise UserError(f"{ours}: missing, or its shape is not that of the checkpoint's config")
         parts = model[ours].float().split([shape[0] for shape in theirs.values()])
         weights |= {name: part.clone() for name, part in zip(theirs, parts, strict=True)}
     return weights

@@ -80,8 +80,8 @@ def _byte_characters() -> list[str]:
 def _merges(ranked: list, text: dict) -> list[tuple[str, str]]:
     """Returns all pairs of tokens that make up one of the `ranked` tokens, in its rank's order; `text` names the tokens.
 
-    If two pairs make up one token, BPE on pairs merges them in this order and not in that of their places in the text; a
-    trained vocabulary reaches a token through one pair only.
+    If two pairs make up the same token, they are merged in this order, not by their positions in the text; in a trained
+    vocabulary, BPE reaches a token through only one pair.
     """
     pairs = ((token[:i], token[i:]) for token in ranked for i in range(1, len(token)))
     return [(text[left], text[right]) for left, right in pairs if left in text and right in text]
