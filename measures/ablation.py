@@ -1,4 +1,4 @@
-"""Scores a model without some of its heads, and without as many random others.
+"""Scores a model without some of its heads and, as a control, without as many random others.
 
     ranking = heads.attention_scores(model, ids, bos)["induction"]
     ablation_curve(model, lambda model: copy_scores(test, predict(model, test))["exact"], ranking, ks=(0, 1, 2, 4))
@@ -96,8 +96,8 @@ def other_sets(top, shape, seed=0, controls=3) -> list[tuple]:
 
 
 def scores_without_heads(model: Llama, test: CopyTest, ranking: np.ndarray, how: str, ids: np.ndarray, text=None) -> dict:
-    """Returns ablation_curve of {"exact": the exact match}, up to half of all heads; means are of random tokens of `ids`, twice
-    each.
+    """Returns ablation_curve of {"exact": the exact match} for up to half of all heads; mean outputs are over random tokens of
+    `ids` that occur twice.
 
     text: windows (B, T+1) of held-out text, and whether each of their targets (B, T) is a repeated one. With it the scores have
     "loss_repeated" and "loss_new" too, in nats per token, where there are such tokens. A progress bar on stderr counts the

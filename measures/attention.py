@@ -14,7 +14,7 @@ from errors import UserError
 from measures.heads import fitting, repeated
 from model import Llama
 
-STRIPE_LENGTH = 25  # tokens that occur twice in the picture: few enough to tell their places apart
+STRIPE_LENGTH = 25  # tokens that occur twice in the picture: few enough to tell their positions apart
 MOST_CELLS = 2**24  # attention probabilities in a page, a byte each
 
 

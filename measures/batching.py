@@ -12,7 +12,7 @@ from model import Llama
 
 TOKENS = 8192  # per forward pass on a CPU; four times as many elsewhere, as launching a pass takes a GPU's host longer
 ROWS = 4096  # of logits, or of the embedding in float64
-FLOPS = 1e12  # that a measure spends on a CPU, and a hundredth of what it spends elsewhere: about 10 s on two cores
+FLOPS = 1e12  # budget of a measure on a CPU, about 10 s on two cores; other devices get 100 times as much
 
 
 def wide(logits):
@@ -23,7 +23,7 @@ def wide(logits):
 def affordable(model: Llama, tokens: int, most: int, least: int = 4, share: float = 1.0) -> int:
     """Returns how many samples of `tokens` tokens cost `share` * FLOPS at 2 FLOPs a parameter and token, from least to most.
 
-    It depends on the model and the kind of its device alone, so that the same command asks the same questions.
+    It depends only on the model and the kind of its device, so that the same command asks the same questions.
     """
     budget = share * FLOPS * (1 if model.embed.weight.device.type == "cpu" else 100)
     each = 2 * tokens * model.config.n_parameters
@@ -34,7 +34,7 @@ def affordable(model: Llama, tokens: int, most: int, least: int = 4, share: floa
 def progress(model: Llama, tokens: int, title: str):
     """Shows on stderr how many of `tokens` tokens the model has read within this block, from the third second on.
 
-    Off a terminal there is a line each half minute. Every pass counts, whatever asks for it: each block's MLP reports.
+    If stderr is not a terminal, a line is printed every half minute. Hooks on the MLPs count every forward pass of the model.
     """
     terminal = sys.stderr.isatty()
     seconds = 0.2 if terminal else 30

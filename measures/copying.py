@@ -50,7 +50,7 @@ class CopyTest(NamedTuple):
 
 def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, passages=False) -> CopyTest:
     """Draws the test's tokens uniformly from `ids`, with replacement. With passages, `ids` is a text, and each sequence is 18
-    consecutive tokens from a random place of it, none of them bos.
+    consecutive tokens from a random position in it, none of them bos.
 
     The same arguments give the same test. Within a sample all prefixes differ, and all suffixes. Raises UserError where the
     context does not hold two sequences and a question, or `ids` do not give enough different sequences.
@@ -87,7 +87,7 @@ def make_test(ids: np.ndarray, seq_len: int, bos=None, samples=500, seed=0, pass
 
 
 def _repeats(sequences: np.ndarray) -> np.ndarray:
-    """sequences (n, 18) -> (n,): whether its prefix or its suffix is that of a sequence before it."""
+    """Returns for each of sequences (n, 18) whether its prefix or its suffix is that of an earlier one: (n,) bool."""
     again = np.ones(len(sequences), dtype=bool)
     again[np.unique(sequences[:, :PREFIX], axis=0, return_index=True)[1]] = False
     fresh = np.unique(sequences[:, PREFIX:], axis=0, return_index=True)[1]

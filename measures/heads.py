@@ -37,7 +37,7 @@ class Patterns(NamedTuple):
 
 @dataclasses.dataclass
 class Given:
-    """What a score other than of attention is computed from; found: the scores before it in SCORES, by name."""
+    """The inputs of a score that is not a mean of attention; found: the scores before it in SCORES, by name."""
 
     model: Llama
     ids: np.ndarray
@@ -131,7 +131,7 @@ def prefix_matching(model: Llama, ids, bos: int | None, seed: int = 0) -> np.nda
     """Returns the prefix-matching score of Olsson et al. 2022, with their erratum: (n_layers, n_heads).
 
     On 25 random tokens that occur 4 times, fewer where the context is short: the attention from a token to those after its
-    earlier occurrences, summed over these, and averaged over all tokens of copies 2 to 4. Raises UserError where 2 do not fit.
+    earlier occurrences, summed over these, and averaged over all tokens of copies 2 to 4. Raises UserError if 2 do not fit.
     """
     s, lead = fitting(model, OLSSON_LENGTH, bos, OLSSON_TIMES), int(bos is not None)
 

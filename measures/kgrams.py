@@ -1,7 +1,7 @@
 """The k-gram baseline of the copy test: the score of copying by the last k tokens alone, and whether the model does so.
 
-The baseline finds all earlier places of the last k tokens and continues with the token that followed one of them, each place as
-likely as the other. Induction heads of the textbook kind do so for k = 1, which fails where every token has occurred often.
+The baseline finds all earlier occurrences of the last k tokens and predicts the token that followed one of them, chosen
+uniformly. Textbook induction heads do so for k = 1, which fails where every token has occurred often.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import numpy as np
 from measures.copying import LENGTH, PREFIX, SUFFIX, CopyTest, Predictions
 
 K = (1, 2, 3, 4)
-INFORMATIVE = 10  # predictions, beyond those right by chance, that it takes to report the use of token k
+INFORMATIVE = 10  # predictions, beyond those right by chance, that are needed to report the use of token k
 
 
 def numbered(test: CopyTest) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -60,8 +60,8 @@ def kgram_baseline(test: CopyTest, predictions: Predictions) -> dict:
     frequent of the tokens that followed scores more.
     uses: whether the model's predictions depend on the k-th last token, by k, measured where the baseline of k has fewer tokens
     to choose from than that of k - 1: among the predictions that the latter could make, the share that the former could make
-    too, corrected for chance. 0 for a model that uses k - 1 tokens, 1 for one that uses k or more. None where fewer than
-    INFORMATIVE predictions tell.
+    too, corrected for chance. 0 for a model that uses k - 1 tokens, 1 for one that uses k or more. None if these predictions,
+    less those right by chance, are fewer than INFORMATIVE.
     """
     context, ids = numbered(test)
     samples = len(context)

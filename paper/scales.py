@@ -8,7 +8,7 @@ from config import ROOT, Config, load
 
 @dataclass(frozen=True)
 class Scale:
-    """The runs at one scale. `settings` apply to every run, beside the config's own; the other values to the figures.
+    """The runs at one scale. `settings` apply to every run, in addition to the config's own; the other values to the figures.
 
     A figure whose values are empty is left out at this scale.
     """

@@ -53,8 +53,8 @@ def same_questions(pairs, scale) -> bool:
 def earlier(starts, change) -> str:
     """Returns the verdict on whether a treatment makes the onset come earlier.
 
-    Runs that have none count as later: where there are more of them with the treatment, the others cannot show that it is
-    earlier, nor later where there are more of them without it.
+    Runs without an onset count as late: if more of them have the treatment, the others cannot show that it brings the onset
+    earlier; if fewer have it, they cannot show that it brings it later.
     """
     without, treated = (sum(x is None for x in side) for side in zip(*starts, strict=True))
     if change is None:
