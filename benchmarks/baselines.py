@@ -2,7 +2,7 @@
 
 A baseline is a module that maps (x, y), token ids and targets (B, T), to the mean loss; its parameters are fp32. On a GPU it
 runs under autocast in bf16, with a residual stream in bf16 as ours has: autocast alone leaves it in fp32, of twice the bytes.
-PlainLlama is what one writes first: separate projections and PyTorch's own functions.
+PlainLlama is the straightforward implementation: separate projections and PyTorch's own functions.
 """
 
 import contextlib

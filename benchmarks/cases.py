@@ -9,7 +9,7 @@ EPS = 1e-6
 
 
 def case(name, B, T, D, H, F, V, HKV=None, device="cuda", dtype=torch.bfloat16, dropout=0.0):  # noqa: N803
-    """Returns for an op: its function of an op set, the inputs, and the work forward and backward: bytes, attention's FLOPs."""
+    """Returns for an op (f, inputs, forward, backward): f(ops, *inputs) calls it; the work in bytes, of attention in FLOPs."""
     N, Dh, HKV = B * T, D // H, HKV or H  # noqa: N806
     x = N * D * dtype.itemsize  # bytes of one activation (N, D)
 
@@ -59,7 +59,7 @@ def in_fp64(inputs):
 
 
 def error(a, b, floor=0.0) -> float:
-    """Returns |a - b| / |b| in the norm; a norm of b below `floor` counts as `floor`."""
+    """Returns the relative error ||a - b|| / ||b||, with ||b|| at least `floor`."""
     assert a.shape == b.shape
     return ((a.double() - b).norm() / b.norm().clamp(min=floor)).item()
 

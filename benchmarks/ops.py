@@ -2,8 +2,8 @@
 
 The shape is that of llama162m at 64 x 1,024 tokens in bf16, then other T and D. Each result is compared with the definition
 before it is timed. Times are medians of triton.testing.do_bench_cudagraph, in which the host launches no single kernel; the
-tensors are larger than the L2 cache. `share` is that of the rate of a large copy, with each input and output counted once, or
-of a large matmul, with the causal half counted.
+tensors are larger than the L2 cache. `share` is the rate as a share of a large copy's, with each input and output counted once,
+or for attention of a large matmul's, with the causal half counted.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def measure(f, inputs) -> dict[str, float]:
 
 
 def allowed(dtype: torch.dtype, own: float, terms: int) -> float:
-    """Returns the error that an op may have where its definition, computed in this dtype, has the error `own`.
+    """Returns the error that an op may have if its definition, computed in this dtype, has the error `own`.
 
     In 16 bits three roundings, of at most eps / 4 each in the norm, follow one another: of attention's probabilities, of their
     gradients and of the result. In fp32 a sum of n random terms, one added after the other, is off by about eps sqrt(n) / 5:
@@ -78,7 +78,7 @@ def refuse_if_wrong(name, shape):
 
 
 def ceilings() -> dict:
-    """Returns the GB/s of a kernel that reads and writes much, and the TFLOP/s of a large bf16 matmul, on random data."""
+    """Returns the GB/s of an elementwise kernel on large tensors, and the TFLOP/s of a large bf16 matmul, on random data."""
     a, m = torch.randn(2**28, device="cuda"), torch.randn(8192, 8192, device="cuda").bfloat16()
     b = torch.empty_like(a)
     copy, matmul = median_ms(lambda: torch.neg(a, out=b)), median_ms(lambda: m @ m)
@@ -86,7 +86,7 @@ def ceilings() -> dict:
 
 
 def share(ms: float, work: float, is_flops: bool, top: dict) -> float:
-    """Returns the share of the GPU's ceiling that `work`, in FLOPs or bytes, in so many ms is."""
+    """Returns the rate of `work`, in FLOPs or bytes, done in `ms`, as a share of the GPU's ceiling."""
     return work / ms / (1e9 * top["matmul_tflop_s"] if is_flops else 1e6 * top["copy_gb_s"])
 
 

@@ -62,7 +62,7 @@ class Traffic(TorchDispatchMode):
 
 
 def step_bytes(config: Config, ops=fused, dtype=torch.bfloat16) -> Counter:
-    """Returns {op or kernel: bytes} of one update of batch_size sequences, taken whole, with clipping and AdamW."""
+    """Returns {op or kernel: bytes} of one update of batch_size sequences in one micro-batch, with clipping and AdamW."""
     from triton.runtime.jit import KernelInterface
 
     traffic = Traffic()

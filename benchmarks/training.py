@@ -120,8 +120,8 @@ class Steps:
             torch.cuda.synchronize()
 
     def free(self):
-        """Frees GPU memory for the turns of the others. The first update of the next turn, which is not counted, captures our
-        CUDA graph again: its private pool holds as much as a step.
+        """Frees GPU memory for the turns of the others. Our CUDA graph, whose private pool holds as much as a step, is captured
+        again by the first update of the next turn, which is not counted.
         """
         self.micro_step = None
         self.optimizer.zero_grad()
