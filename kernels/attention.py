@@ -358,7 +358,7 @@ def check(q, k, v, dropout_p, seed):
 
 
 def padded(Tq):
-    """Returns the length of a row of lse and of stats: unmasked, aligned access to them is what keeps dk, dv from spilling."""
+    """Returns the length of a row of lse and of stats: unmasked, aligned access to them keeps dk, dv from spilling."""
     return triton.cdiv(Tq, STATS_ROWS) * STATS_ROWS
 
 

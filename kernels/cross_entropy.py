@@ -5,7 +5,7 @@
 
 At 65,536 tokens and a vocabulary of 32,000 the logits are the largest tensor of a training step, 4.2 GB in bf16. The Triton
 kernel reads and writes each of them once, 8.4 GB: it computes the loss of a row and overwrites the row with its gradient, in
-a buffer that this op allocated and nobody else sees. dx and dw are formed from it at once: only dx and dw, the size of x and
+a buffer that this op allocated and nobody else sees. dx and dw are computed from it immediately: only they, the size of x and
 weight, are kept for backward, which scales them. If the logits would not fit into memory, the rows are processed in chunks,
 and dw is summed over these in fp32. Only backward divides dw by the number of targets, and before that its sum over the rows
 may exceed fp16's 65,504: for fp16 inputs dw is computed and kept in fp32, and rounded once, in backward.

@@ -109,7 +109,7 @@ def philox(key, c0, c1, c2, rounds=7):
     """Philox4x32: four words of 32 random bits for a 64-bit key and the counter (c0, c1, c2, 0), as int64 tensors."""
     low = 0xFFFFFFFF
     k0, k1 = key & low, (key >> 32) & low
-    zero = key & 0  # added, it makes data of an arange: Inductor computes with positions in int32, which the constants exceed
+    zero = key & 0  # makes the counters depend on data: Inductor computes index arithmetic in int32, which the constants exceed
     c0, c1, c2, c3 = torch.broadcast_tensors(c0 | zero, c1, c2 | zero, zero)
     for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps, but the 64 bits are right

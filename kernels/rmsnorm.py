@@ -3,7 +3,7 @@
     h = x (+ residual)    r = 1 / sqrt(mean(h^2) + eps)    y = h r w
     g = dy w              dh = r g - h r^3 mean(g h) (+ the gradient of h itself)    dw = sum over rows of dy h r
 
-Both passes are memory-bound. Each element is moved once; per element norm forward moves 2 (x; y), add + norm forward 4 (x,
+Both passes are memory-bound. Each element is moved once: per element, norm forward moves 2 (x; y), add + norm forward 4 (x,
 residual; h, y), norm backward 3 (x, dy; dx), add + norm backward 4 (h, dy, dh; dx). Only x or h is saved for backward: its
 rows are read there anyway, and both row sums, of h^2 and of g h, come from the same pass, so recomputing r costs no traffic.
 

@@ -56,7 +56,7 @@ def rotary_attention(qkv, cos, sin, n_kv_heads, dropout_p=0.0, seed=None):
 
 
 def _attention_in_blocks(q, k, v, dropout_p, seed):
-    """SDPA draws its own dropout mask, so attention with dropout is eager's, in blocks of queries that read no later key."""
+    """Attention with dropout is eager's, since SDPA draws its own mask, in blocks of queries that read no later key."""
     Tq, past = q.shape[1], k.shape[1] - q.shape[1]
     block = max(64, -(-Tq // 4))  # four blocks do a third less work than one, and smaller ones are slower
     parts = []
@@ -82,7 +82,7 @@ def linear_cross_entropy(x, weight, targets):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss, and its gradients with it, of one chunk of rows after the other: each is read while the cache holds it.
+    """Computes the loss and its gradients together, one chunk of rows at a time, so that a chunk's logits stay in the cache.
 
     Autograd would write and read all logits four more times: log-probabilities, their gradients, a one-hot and dlogits.
     """
