@@ -151,7 +151,7 @@ def test_on_a_cpu_the_baselines_take_the_whole_batch(who, micro):
     assert training.Steps(c, who, distributed.World(0, 1, torch.device("cpu"))).micro == micro
 
 
-def test_what_fails_says_why_and_the_others_go_on(monkeypatch):
+def test_a_model_that_fails_says_why_and_the_others_continue(monkeypatch):
     monkeypatch.setattr(training, "ON", {"cpu": ["hf liger"]})
     found = list(training.compare(ARGV, rounds=1))[-1]["of"]
     assert "is not installed" in found["hf liger"]["failed"]

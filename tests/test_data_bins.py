@@ -52,7 +52,7 @@ def test_order_is_the_one_that_older_checkpoints_were_trained_with():
     assert hashlib.blake2b(later.tobytes(), digest_size=8).hexdigest() == "dbda8cb41095191b"
 
 
-def test_order_cannot_be_changed_by_whoever_is_handed_it():
+def test_the_order_is_read_only():
     with pytest.raises(ValueError):
         order(0, 0, 10)[0] = 3
 
@@ -248,7 +248,7 @@ def test_fingerprint_without_meta_reads_both_ends_of_a_large_bin(tmp_path):
     assert len(seen) == 4
 
 
-def test_each_file_is_looked_at_once_a_batch_and_those_it_does_not_read_not_at_all(tmp_path, monkeypatch):
+def test_a_batch_checks_each_file_that_it_reads_once_and_no_other(tmp_path, monkeypatch):
     for i in range(4):
         plain(tmp_path / f"train_{i}.bin", range(100))
     bin = Bin(tmp_path / "train.bin", seq_len=10, vocab_size=100)
@@ -270,7 +270,7 @@ def test_a_file_put_back_under_another_inode_is_the_same_file_and_a_changed_one_
         bin.windows([1])
 
 
-def test_a_file_given_as_the_folder_is_answered_with_the_folder(tmp_path):
+def test_a_file_given_as_the_folder_is_refused_with_the_folder_to_pass(tmp_path):
     write(tmp_path, range(100))
     command = [sys.executable, "train.py", f"--data={tmp_path / 'train.bin'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -41,7 +41,7 @@ def read(path, state=None, field="text"):
 
 
 @pytest.mark.parametrize("groups", [1, 3, 1000])
-def test_parquet_gives_each_row_and_says_what_is_missing(tmp_path, groups):
+def test_parquet_gives_each_row_and_reports_what_is_missing(tmp_path, groups):
     rows = [*TEXTS, None] * 100
     path = write_parquet(tmp_path / "a.parquet", rows, row_group_size=groups)
     found = read(path)
@@ -124,7 +124,7 @@ def test_a_local_dataset_is_read_by_its_folder_and_configuration(tmp_path):
         prepare([*argv, f"--out={tmp_path / 'none'}"])
 
 
-def test_tokens_end_it_and_a_shortage_is_said(tmp_path, monkeypatch, capsys):
+def test_reading_ends_after_tokens_and_a_shortage_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data.encode.BATCH", 1000)
     path = write_parquet(tmp_path / "a.parquet", [f"{i} " + "x" * 98 for i in range(500)])
     out = prepare(["hf", path, "--tokens=1e4", "--val_fraction=0.2", f"--out={tmp_path / 'out'}"])
@@ -133,7 +133,7 @@ def test_tokens_end_it_and_a_shortage_is_said(tmp_path, monkeypatch, capsys):
     assert "tokens of the 1,000,000 asked for" in capsys.readouterr().out
 
 
-def test_a_corpus_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(tmp_path):
+def test_a_corpus_killed_repeatedly_gives_the_bytes_of_an_uninterrupted_one(tmp_path):
     paths = [write_parquet(tmp_path / f"{n}.parquet", [f"{n} {i} 🙂" * (i % 50) for i in range(400)]) for n in "ab"]
     (tmp_path / "c.jsonl.zst").write_bytes(zstd(LINES * 300))
     argv = ["hf", *paths, str(tmp_path / "c.jsonl.zst"), "--val_fraction=0.2"]
@@ -171,7 +171,7 @@ def test_files_are_read_from_a_hub(tmp_path):
     assert all_texts(tmp_path / "out") == sorted(texts)
 
 
-def test_the_hub_out_of_reach_is_one_line(tmp_path):
+def test_an_unreachable_hub_is_reported_in_one_line(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     for source in ("fineweb-edu", "redpajama-sample"):
         command = [sys.executable, "-m", "data.prepare", source, f"--out={tmp_path / 'out'}"]
@@ -281,7 +281,7 @@ def test_a_connection_that_is_cut_is_tried_again(tmp_path, server):
     assert sum(split["docs"] for split in load_meta(out)["splits"].values()) == 3000
 
 
-def test_a_server_that_misbehaves_is_one_line_and_leaves_no_bin(tmp_path, server):
+def test_a_misbehaving_server_is_reported_in_one_line_and_leaves_no_bin(tmp_path, server):
     server.files["/a.jsonl.gz"] = gzip.compress(lines("a", 500))[:500]
     server.files["/empty.jsonl"] = b""
     server.files["/field.jsonl"] = b'{"a": 1}\n' * 200

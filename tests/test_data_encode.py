@@ -99,7 +99,7 @@ def test_the_source_is_not_read_far_ahead_of_what_is_encoded():
     assert len(read) <= 20 + 2 * (encode.AHEAD + 1) + 2
 
 
-def test_a_process_that_is_killed_is_one_line():
+def test_a_killed_process_is_reported_in_one_line():
     pairs = encode_all(batches(PARTS * 50, (0, None), never), Bytes(), Settings(0.1), processes=2)
     next(pairs)
     for child in multiprocessing.active_children():
@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_is_one_line():
         list(pairs)
 
 
-def test_where_the_parent_is_killed_its_processes_go_too():
+def test_worker_processes_end_when_their_parent_is_killed():
     code = """
 import itertools, multiprocessing, os, signal
 from data import encode

@@ -40,7 +40,7 @@ def folder(request, tmp_path):
     return folder, tokens
 
 
-def test_others_bins_get_a_meta_json_that_says_what_they_hold(folder, capsys):
+def test_bins_of_other_programs_get_a_meta_json_that_describes_them(folder, capsys):
     folder, tokens = folder
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     prepare(["from-bin", str(folder), "--tokenizer=bytes"])
@@ -100,7 +100,7 @@ def test_another_tokenizer_beside_them_is_not_overwritten(folder, tmp_path):
     assert (folder / "tokenizer.tiktoken").read_text() == "mine" and not (folder / "meta.json").exists()
 
 
-def test_what_is_no_dataset_is_refused_and_nothing_written(tmp_path):
+def test_a_folder_that_is_no_dataset_is_refused_and_nothing_is_written(tmp_path):
     def refused(message, *argv):
         before = sorted(tmp_path.iterdir())
         with pytest.raises(UserError, match=message) as e:

@@ -122,13 +122,13 @@ def test_each_window_of_repeats_is_one_row(tmp_path):
 @pytest.mark.parametrize(
     "knob", ["length=1", "rows=0", "span_min=0", "span_min=65", "tiled=1.5", "alphabet=0", "alphabet=99999"]
 )
-def test_knobs_that_cannot_be_are_refused_by_name(tmp_path, knob):
+def test_impossible_options_are_refused_by_name(tmp_path, knob):
     with pytest.raises(UserError, match=f"--{knob}"):
         prepare(["repeats", f"--{knob}", f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
 
 
-def test_asking_again_does_nothing(tmp_path, capsys):
+def test_repeating_a_complete_prepare_does_nothing(tmp_path, capsys):
     argv = ["repeats", "--rows=200", "--length=16", "--val_fraction=0.1", f"--out={tmp_path}"]
     assert prepare(argv) == tmp_path
     before = contents(tmp_path)
@@ -287,7 +287,7 @@ def test_out_defaults_to_the_project_and_may_not_lie_in_the_text(tmp_path):
             parse(["text", str(tmp_path), f"--out={out}"])
 
 
-def test_a_damaged_config_of_a_run_is_one_line_in_the_batch_viewer(tmp_path):
+def test_data_bins_reports_a_damaged_config_of_a_run_in_one_line(tmp_path):
     for text in ("{", "[1]", '{"dim": "wide"}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError):
@@ -382,7 +382,7 @@ prepare.prepare(sys.argv[2:])
 
 
 @pytest.mark.parametrize("options", [["--tokenizer=bytes", "--repeat=0.1"], ["--tokenizer=bpe", "--vocab_size=300"]])
-def test_a_prepare_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(folder, tmp_path, options, capsys):
+def test_a_prepare_killed_repeatedly_gives_the_bytes_of_an_uninterrupted_one(folder, tmp_path, options, capsys):
     lines = [json.dumps({"text": f"line {i} 🙂" * (i % 50)}) for i in range(400)]
     (folder / "lines.jsonl").write_text("\n".join([*lines, "not json"]))
     argv = ["text", str(folder), "--val_fraction=0.2", *options]
@@ -398,7 +398,7 @@ def test_a_prepare_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
-def test_a_source_that_changed_under_an_unfinished_dataset_is_not_glued_to_it(folder, tmp_path):
+def test_a_source_that_changed_under_an_unfinished_dataset_is_not_appended_to_it(folder, tmp_path):
     argv = ["text", str(folder), "--val_fraction=0.2", f"--out={tmp_path / 'out'}"]
     subprocess.run([sys.executable, "-c", KILLED, "5", *argv], cwd=ROOT, capture_output=True)
     text = (folder / "0.txt").read_bytes()
@@ -477,7 +477,7 @@ def test_repeat_adds_the_share_asked_for_to_the_training_text_and_records_it(tmp
     assert load_meta(out)["counts"] == np.bincount(train, minlength=257).tolist()
 
 
-def test_what_is_left_out_is_said_and_counted(tmp_path, capsys):
+def test_what_is_left_out_is_reported_and_counted(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     good = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50))
     path.write_bytes(

@@ -34,7 +34,7 @@ def test_other_rows_go_on_with_pieces_of_their_segment_and_have_no_period():
         assert sum(fours) >= 84 - 7 * 3  # at most 7 seams, of 3 windows each; by chance almost none would be known
 
 
-def test_repeats_are_a_function_of_their_knobs():
+def test_repeats_are_a_function_of_their_options():
     first = texts(sources.repeats(rows=20))
     assert first == texts(sources.repeats(rows=30))[:20]
     assert first != texts(sources.repeats(rows=20, seed=1))

@@ -180,7 +180,7 @@ def test_ids_have_no_text():
         ids.encode("text")
 
 
-def test_llamas_space_before_a_document_is_there_once_and_goes_again(llama):
+def test_llamas_space_before_a_document_is_added_once_and_removed_by_decoding(llama):
     assert (llama.size, llama.sp.unk_id(), llama.bos, llama.eos, llama.special) == (500, 0, 1, 2, {0, 1, 2})
     pieces = [llama.sp.id_to_piece(i) for i in llama.encode("in\nb c\n d")]
     assert pieces[0][0] == "\u2581" and "".join(pieces).count("\u2581") == 1 + "in\nb c\n d".count(" ")
@@ -252,7 +252,7 @@ def test_text_cut_into_pieces_has_the_ids_of_the_whole(text):
         assert not all(places) or list(tokenizer.encode(text)) == whole
 
 
-def test_a_ranks_file_that_is_none_is_refused():
+def test_a_file_that_is_not_a_ranks_file_is_refused():
     for lines in [
         b"nonsense",
         ranks(TOKENS) + b"==== 9\n",
@@ -307,7 +307,7 @@ def refused(name, match):
     assert str(e.value).startswith(f"--tokenizer={name}: ") and "\n" not in str(e.value)
 
 
-def test_a_name_that_gives_none_is_refused_with_the_remedy(tmp_path, model):
+def test_a_name_of_no_tokenizer_is_refused_with_the_remedy(tmp_path, model):
     for suffix, fault in (("model", "8 bytes that are not a sentencepiece model"), ("tiktoken", "not a ranks file")):
         refused(tmp_path / f"a.{suffix}", "no such file")
         (tmp_path / f"a.{suffix}").write_bytes(b"nonsense")
@@ -368,7 +368,7 @@ def test_the_encodings_on_offer_split_text_as_gpt2_does_and_have_one_special_tok
         assert made["pat_str"] == GPT2_PATTERN and list(made["special_tokens"]) == ["<|endoftext|>"]
 
 
-def test_without_network_the_way_out_is_named(monkeypatch, encodings, tmp_path):
+def test_without_network_the_remedy_is_named(monkeypatch, encodings, tmp_path):
     def fails(_):
         raise ConnectionError("HTTPSConnectionPool(host='somewhere', port=443):\n" + "no route " * 100)
 
@@ -454,7 +454,7 @@ def test_bpe_merges_words_and_indentation_and_splits_digits(corpus, bpe):
     assert len(tokenizer.encode("1234")) == 4
 
 
-def test_bpe_sizes_that_cannot_be_are_refused_with_the_bound(corpus):
+def test_impossible_bpe_sizes_are_refused_with_the_bound(corpus):
     for size in (299, 65537):
         with pytest.raises(UserError, match=f"--vocab_size={size}: .* 300 to 65536"):
             train_bpe(corpus, size)

@@ -107,7 +107,7 @@ def half(folder, key="k"):
         writer.add("val", range(30))
 
 
-def test_what_was_saved_is_gone_on_with_and_what_came_after_is_not(tmp_path):
+def test_resuming_keeps_what_was_saved_and_drops_what_came_after(tmp_path):
     half(tmp_path / "a")
     with Writer(tmp_path / "a", 100, "k") as writer:
         assert writer.state == {"at": 3} and writer.totals["train"] == {"tokens": 50, "docs": 1, "bytes": 7}
@@ -124,7 +124,7 @@ def test_what_was_saved_is_gone_on_with_and_what_came_after_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("renames", range(3))
-def test_a_commit_cut_short_after_a_save_is_gone_on_with(tmp_path, monkeypatch, renames):
+def test_a_commit_cut_short_after_a_save_is_resumed(tmp_path, monkeypatch, renames):
     done = []
 
     def replace(source, target, _replace=os.replace):

@@ -82,7 +82,7 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.soak)])
-def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_never_was(long, tmp_path, uninterrupted, kills):
+def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_run(long, tmp_path, uninterrupted, kills):
     expected = uninterrupted(long)
     rng, n = random.Random(0), 0
     while n < kills:
@@ -104,7 +104,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_never_was(long, t
 
 @pytest.mark.parametrize("call", ["fsync", "replace", "link", "unlink"])
 @pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3, 8))])
-def test_killed_while_it_writes_it_ends_as_if_it_never_was(long, uninterrupted, call, count):
+def test_a_run_killed_while_it_writes_and_resumed_equals_an_uninterrupted_run(long, uninterrupted, call, count):
     short = long | {"max_steps": 30}
     expected = uninterrupted(short)
     with fault("SIGKILL within a checkpoint's write"):
@@ -115,7 +115,7 @@ def test_killed_while_it_writes_it_ends_as_if_it_never_was(long, uninterrupted, 
 
 @pytest.mark.parametrize("number, passes", [(signal.SIGTERM, 8), (signal.SIGINT, 1)])
 @pytest.mark.parametrize("most", [2, pytest.param(20, marks=pytest.mark.soak)])
-def test_stopped_by_signals_and_resumed_it_ends_as_if_it_never_was(long, uninterrupted, number, passes, most):
+def test_a_run_stopped_by_signals_and_resumed_equals_an_uninterrupted_run(long, uninterrupted, number, passes, most):
     long = long | {"micro_batch_size": 8 // passes}
     expected, rng, stops = uninterrupted(long), random.Random(passes), 0
     process = faults.start(long)
@@ -177,7 +177,7 @@ EARLY = {
     [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2), pytest.param(signal.SIGINT, 2, marks=pytest.mark.soak)],
 )
 @pytest.mark.parametrize("name", EARLY)
-def test_stopped_before_the_first_update_and_started_again_it_ends_as_if_it_never_was(
+def test_a_run_stopped_before_the_first_update_and_started_again_equals_an_uninterrupted_run(
     settings, uninterrupted, name, number, ranks
 ):
     settings = settings | {"micro_batch_size": 2}
@@ -205,7 +205,7 @@ def join(processes) -> list[int]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("delays", [4, pytest.param(40, marks=pytest.mark.soak)])
-def test_struck_at_once_after_launch_the_same_command_runs_it(settings, uninterrupted, delays, ranks):
+def test_after_sigterm_at_any_time_during_startup_the_same_command_runs(settings, uninterrupted, delays, ranks):
     """While it starts, SIGTERM ends it by itself: nothing is there yet. Later it stops as asked. If one of two ranks was ended
     by itself, the other fails for want of its peer.
     """
@@ -375,7 +375,7 @@ def test_a_stopped_run_says_which_command_resumes_it(long, resume):
     assert faults.log_of(long).read_text().endswith(f": {command}\n")
 
 
-def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_past_them(settings, tmp_path):
+def test_several_non_finite_updates_in_a_row_end_the_run_and_the_next_start_gets_past_them(settings, tmp_path):
     data = write_dataset(tmp_path / "set")
     settings = settings | dict(data=str(data), vocab_size=18, max_steps=16, eval_interval=0, log_interval=4)
     poison(settings, data, *range(3 * 8, 14 * 8, 8))  # a window in each batch of the steps 4 to 14
@@ -388,7 +388,7 @@ def test_several_updates_in_a_row_without_a_finite_loss_end_the_run_and_it_gets_
         assert state["step"] == 16 and state["skipped"] == rows[-1]["skipped"] == 11
 
 
-def test_a_second_sigint_ends_it_at_once(settings):
+def test_a_second_sigint_ends_the_run_at_once(settings):
     """In the middle of a step that takes a minute, which the first one would wait for."""
     process = faults.start(settings, faults.slow_update)
     log = faults.log_of(settings)
@@ -414,7 +414,7 @@ def poison(settings, data, *positions):
     tokens.tofile(data / "train.bin")
 
 
-def test_a_non_finite_loss_never_reaches_the_parameters_and_is_told_with_its_batch(settings, tmp_path):
+def test_a_non_finite_loss_never_reaches_the_parameters_and_is_reported_with_its_batch(settings, tmp_path):
     """On two ranks, at step 3, in the second rank's share. The run goes on, also when it is resumed before that step."""
     settings = settings | dict(data=str(write_dataset(tmp_path / "set")), vocab_size=18, log_interval=100, eval_interval=0)
     settings |= {"out_dir": str(tmp_path / "a run")}
@@ -479,7 +479,7 @@ def test_a_checkpoint_with_one_byte_changed_or_its_end_cut_off_is_refused_or_who
         assert refused >= len(positions) // 4, kind
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(settings, uninterrupted):
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(settings, uninterrupted):
     expected = uninterrupted(settings)
     assert faults.run(settings | {"max_steps": 3}) == faults.run(settings | {"max_steps": 6}) == 0
     out = Path(settings["out_dir"])
@@ -524,7 +524,7 @@ def test_a_bin_that_changes_under_a_run_ends_it_with_status_4(long, tmp_path, na
         assert checkpoint.load(ckpt)["step"] > 0 and metrics.read(rows)
 
 
-def test_a_run_whose_output_nobody_reads_any_longer_goes_on_and_is_saved(settings):
+def test_a_run_whose_output_is_closed_continues_and_is_saved(settings):
     command = [sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
@@ -534,7 +534,7 @@ def test_a_run_whose_output_nobody_reads_any_longer_goes_on_and_is_saved(setting
         assert [row["step"] for row in result(settings)[1]] == list(range(settings["max_steps"] + 1))
 
 
-def test_a_full_disk_ends_the_run_with_status_4_and_the_checkpoint_before_whole(settings, uninterrupted):
+def test_a_full_disk_ends_the_run_with_status_4_and_leaves_the_previous_checkpoint_intact(settings, uninterrupted):
     expected = uninterrupted(settings)
     assert faults.run(settings | {"max_steps": 3}) == 0
     path = Path(settings["out_dir"]) / "ckpt.pt"
@@ -563,7 +563,7 @@ def run_launcher(settings, *options) -> str:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc, which Linux has")
 @pytest.mark.parametrize("resume", [pytest.param("auto", marks=pytest.mark.soak), "none"])  # none is the harder one
-def test_a_killed_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_it_never_was(long, tmp_path, resume):
+def test_a_run_whose_killed_rank_torchrun_restarts_equals_an_uninterrupted_run(long, tmp_path, resume):
     long = long | {"max_steps": 150, "resume": resume}
     two = ("--nproc_per_node=2", "--standalone", "--max-restarts=1")
     whole = long | {"out_dir": str(tmp_path / "whole")}
@@ -606,7 +606,7 @@ def test_memory_does_not_grow_over_5000_steps(settings):
     assert max(peaks) > 4000 and late <= 1.01 * early, (early, late)
 
 
-def test_the_batch_viewer_shows_what_the_run_trained_on(settings, capsys):
+def test_data_bins_shows_the_batch_that_the_run_trained_on(settings, capsys):
     assert faults.run(settings) == 0
     seen = [bins.batch(Path(settings["out_dir"]), step) for step in (1, 2)]
     data = bins.Bin(Path(settings["data"]) / "train.bin", 31, 17)

@@ -200,7 +200,7 @@ def test_half_precision_weights_keep_their_dtype_in_memory(folder, dtype):
     assert before.dtype == torch.float32 and torch.equal(model.float()(some_tokens()), before)
 
 
-def test_shards_and_what_old_folders_leave_out_or_keep_are_read(folder):
+def test_shards_and_folders_of_older_versions_are_read(folder):
     before, tensors = huggingface.read(folder), safetensors.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -313,7 +313,7 @@ def test_each_tokenizer_comes_back_as_it_was(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("options", [dict(model_type="unigram"), dict(normalization_rule_name="nmt_nfkc"),
                                      dict(user_defined_symbols=["<|a|>"])], ids=str)  # fmt: skip
-def test_a_sentencepiece_model_without_an_equal_is_left_as_it_is_and_said(options, corpus, tmp_path, capsys):
+def test_a_sentencepiece_model_that_cannot_be_converted_is_copied_and_reported(options, corpus, tmp_path, capsys):
     file = io.BytesIO()
     lines = iter("\n".join(corpus).split("\n"))
     options = dict(model_type="bpe", vocab_size=400, normalization_rule_name="identity") | options
@@ -510,7 +510,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0}
         ({"intermediate_size": 50}, "gate_proj.weight has shape (48, 32), expected (50, 32)"),
     ],
 )
-def test_a_llama_that_is_not_computed_is_refused_in_one_line(folder, change, said):
+def test_an_unsupported_llama_is_refused_in_one_line(folder, change, said):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     assert said in line(folder)

@@ -59,7 +59,7 @@ def test_a_module_imports_only_its_own_layer_and_those_below(module):
     assert {name for name in imports(MODULES[module]) if name.split(".")[0] not in allowed} == set()
 
 
-def test_no_import_goes_in_a_circle():
+def test_there_are_no_import_cycles():
     graph = {module: imports(path) for module, path in MODULES.items()}
     while leaves := {module for module, needs in graph.items() if not needs & graph.keys()}:
         graph = {module: needs for module, needs in graph.items() if module not in leaves}

@@ -52,7 +52,7 @@ def test_all_forms_of_the_same_weights_give_the_same_run(settings, source, tmp_p
     assert all(equal(end, ends[0]) for end in ends[1:])
 
 
-def test_resumed_it_goes_on_from_its_own_checkpoint_and_ends_as_if_it_never_stopped(settings, source, tmp_path, capsys):
+def test_a_resume_continues_from_its_own_checkpoint_and_equals_an_uninterrupted_run(settings, source, tmp_path, capsys):
     whole = run(settings, init_from=str(source), out_dir=str(tmp_path / "whole"))
     run(settings, init_from=str(source), max_steps=3)
     capsys.readouterr()
@@ -139,7 +139,7 @@ def test_what_is_no_llama_is_refused_in_one_line(settings, tmp_path, capsys):
         assert said in error and len(error.splitlines()) == 1
 
 
-def test_another_tokenizer_is_warned_of_and_an_unknown_one_is_not(settings, source, tmp_path, capsys):
+def test_a_run_warns_of_another_tokenizer_and_not_of_an_unknown_one(settings, source, tmp_path, capsys):
     state = checkpoint.load(source)
     for tokenizer, warned in (
         ({"kind": "chars", "alphabet": 12}, 1),
@@ -163,7 +163,7 @@ def test_a_config_file_names_it_from_the_projects_root(tmp_path):
     assert load([]).init_from == "" and Config.__dataclass_fields__["init_from"].default == ""
 
 
-def test_a_checkpoint_from_before_the_settings_is_gone_on_with(settings):
+def test_a_checkpoint_that_lacks_newer_settings_is_resumed(settings):
     run(settings, max_steps=2)
     state = checkpoint.load(settings["out_dir"])
     for name in {"init_from", *ADDED}:

@@ -195,7 +195,7 @@ def test_offsets_beyond_int32_reach_the_right_elements():
         (dict(Tq=9), "9 queries for 8 keys"),
     ],
 )
-def test_what_it_cannot_do_is_said(change, said):
+def test_unsupported_shapes_are_refused_with_the_reason(change, said):
     shape = dict(B=1, Tq=8, Tk=8, H=4, Hkv=2, Dh=32) | change
     with pytest.raises(AssertionError, match=said):
         causal_attention(*qkv(*shape.values()))

@@ -110,12 +110,12 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mistake", MUTANTS)
-def test_a_mistake_is_caught(mistake, tmp_path):
+def test_each_mutant_is_caught(mistake, tmp_path):
     file, old, new, checks = MUTANTS[mistake]
     with pytest.raises(AssertionError, match="error .* allowed"):
         checks(load(file, tmp_path, old, new))
 
 
 @pytest.mark.parametrize("file, checks", dict.fromkeys((file, checks) for file, _, _, checks in MUTANTS.values()))
-def test_the_same_checks_pass_without_a_mistake(file, checks, tmp_path):
+def test_the_same_checks_pass_without_a_mutation(file, checks, tmp_path):
     checks(load(file, tmp_path, "import triton\n", "import triton\n"))

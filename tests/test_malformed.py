@@ -202,7 +202,7 @@ def test_malformed_input_ends_with_status_2_and_one_line(made, tmp_path, capsys,
             assert all(after[path] == data for path, data in before.items()), (case, argv)
 
 
-def test_what_is_damaged_here_is_sound(made):
+def test_the_inputs_are_valid_before_they_are_damaged(made):
     assert eval_copy.main([made["out_dir"], "--samples=1", "--device=cpu"]) == 0
     assert train_status(flags(made | {"max_steps": 2, "eval_interval": 1})) == 0
     assert checkpoint.load(made["out_dir"])["step"] == 2

@@ -13,11 +13,8 @@ from tests.handbuilt import induction_model, uniform_model
 from tests.test_eval_copy import small_model
 
 
-def test_of(tokenizer, name, seq_len, samples=500):
+def make_copy_test(tokenizer, name, seq_len, samples=500):
     return make_tests(tokenizer, seq_len, samples, [name])[name]
-
-
-test_of.__test__ = False
 
 
 def predicting(tokens):
@@ -31,7 +28,7 @@ def ceiling(test, k):
 def test_the_hand_built_induction_model_scores_1_and_its_two_heads_are_found():
     tokenizer = Bytes()
     model, previous, induction = induction_model(tokenizer.size, 1024, tokenizer.bos)
-    test = test_of(tokenizer, "full", 1024, 20)
+    test = make_copy_test(tokenizer, "full", 1024, 20)
     scores = copy_scores(test, predict(model, test))
     assert scores["exact"] == scores["token"] == scores["first"] == 1.0 and scores["queries"] == 200
     assert scores["exact_by_sequence"] == {i: 1.0 for i in range(5, 51, 5)}
@@ -46,7 +43,7 @@ def test_the_hand_built_induction_model_scores_1_and_its_two_heads_are_found():
 def test_a_uniform_model_scores_at_chance():
     tokenizer = Chars(64)
     model = uniform_model(tokenizer.size, 128)
-    test = test_of(tokenizer, "full", 128, 100)
+    test = make_copy_test(tokenizer, "full", 128, 100)
     scores = copy_scores(test, predict(model, test))
     assert scores["exact"] == 0 and scores["token"] < 3 / 64
     assert scores["logprob"] == pytest.approx(-np.log(65), abs=1e-4)
@@ -58,7 +55,7 @@ def test_a_uniform_model_scores_at_chance():
 @pytest.mark.parametrize("tokenizer", [Chars(20), Ids(24)], ids=["bos", "no bos"])
 def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(tokenizer):
     model = small_model(tokenizer)
-    test = test_of(tokenizer, "full", 96, 30)
+    test = make_copy_test(tokenizer, "full", 96, 30)
     exact, token, first, logprob, token_unseen, logprob_unseen = [], [], [], [], [], []
     lead = [] if tokenizer.bos is None else [tokenizer.bos]
     for sequences, context in zip(torch.from_numpy(test.sequences), torch.from_numpy(test.context()), strict=True):
@@ -88,21 +85,21 @@ def test_shared_prefix_scores_equal_plain_forward_passes_and_greedy_decoding(tok
 
 def test_the_layout_is_the_papers_where_it_fits_and_scaled_where_not():
     tokenizer = Bytes()
-    full = test_of(tokenizer, "full", 1024, 2)
+    full = make_copy_test(tokenizer, "full", 1024, 2)
     assert full.sequences.shape == (2, 50, 18) and [i + 1 for i in full.asked] == list(range(5, 51, 5))
     for seq_len, n in ((918, 50), (917, 49), (128, 6), (54, 2)):
-        test = test_of(tokenizer, "full", seq_len, 2)
+        test = make_copy_test(tokenizer, "full", seq_len, 2)
         assert test.sequences.shape[1] == n and 1 + n * 18 + 17 <= seq_len
         assert len(test.asked) == (10 if n == 50 else n)
     with pytest.raises(UserError, match="a context of 53 tokens is too short for the copy test, which takes 54"):
-        test_of(tokenizer, "full", 53)
+        make_copy_test(tokenizer, "full", 53)
 
 
 def test_samples_depend_on_their_arguments_alone_and_prefixes_and_suffixes_are_unique():
     tokenizer = Chars(64)
     for seq_len, n in ((128, 6), (1024, 50)):  # 50 of the 64 suffixes that two ids can form
-        test = test_of(tokenizer, "2", seq_len, 200)
-        assert np.array_equal(test.sequences, test_of(tokenizer, "2", seq_len, 200).sequences)
+        test = make_copy_test(tokenizer, "2", seq_len, 200)
+        assert np.array_equal(test.sequences, make_copy_test(tokenizer, "2", seq_len, 200).sequences)
         for sample in test.sequences:
             assert len(np.unique(sample[:, :12], axis=0)) == len(np.unique(sample[:, 12:], axis=0)) == n
     raw = np.random.default_rng([0, 2]).choice(2, (200, 6, 18))  # of two ids, many sequences must have been drawn again
@@ -167,7 +164,7 @@ def test_passages_are_text_of_random_places_and_hold_no_bos():
 
 
 def test_kgram_ceilings_equal_a_matcher_written_out():
-    test = test_of(Chars(6), "full", 128, 12)
+    test = make_copy_test(Chars(6), "full", 128, 12)
     for k in K:
         expected = []
         for context in test.sequences:
@@ -185,11 +182,11 @@ def test_kgram_ceilings_of_the_papers_layout():
     """300 queries by an independent matcher gave 0.50 and 0.97 for k = 3, 4 at hex16, and 0.94 for k = 1 at 32,000 ids:
     one standard error of 300 queries is 0.03, 0.01 and 0.014.
     """
-    hex16 = test_of(Bytes(), "hex16", 1024, 60)
+    hex16 = make_copy_test(Bytes(), "hex16", 1024, 60)
     assert ceiling(hex16, 1) < 0.01 and ceiling(hex16, 2) < 0.03
     assert ceiling(hex16, 3) == pytest.approx(0.50, abs=0.07)
     assert ceiling(hex16, 4) == pytest.approx(0.97, abs=0.03)
-    full = test_of(Ids(32000), "full", 1024, 30)
+    full = make_copy_test(Ids(32000), "full", 1024, 30)
     assert ceiling(full, 1) == pytest.approx(0.94, abs=0.04) and ceiling(full, 2) > 0.99
 
 
@@ -197,7 +194,7 @@ def test_the_hash_is_that_of_the_questions():
     ids = np.arange(64)
     tests = [make_test(ids, n, 64, samples=s, seed=d) for n, s, d in ((128, 9, 0), (256, 9, 0), (128, 8, 0), (128, 9, 1))]
     assert len({test.hash() for test in tests}) == 4
-    assert tests[0].hash() == test_of(Chars(64), "full", 128, 9).hash() == "77e19cef6098"
+    assert tests[0].hash() == make_copy_test(Chars(64), "full", 128, 9).hash() == "77e19cef6098"
 
 
 def baseline_predictions(test, k, seed=0):
@@ -212,7 +209,7 @@ def baseline_predictions(test, k, seed=0):
 @pytest.mark.parametrize("k", [0, *K])
 def test_the_baseline_of_k_tokens_is_found_to_use_k_tokens(k):
     # Nearly every token follows every other one somewhere, so that the baselines of 0 and 1 differ in few places.
-    test = test_of(Bytes(), "hex16", 1024, 200 if k == 0 else 40)
+    test = make_copy_test(Bytes(), "hex16", 1024, 200 if k == 0 else 40)
     predictions = baseline_predictions(test, k)
     found = kgram_baseline(test, predictions)
     for j, use in found["uses"].items():
@@ -222,7 +219,7 @@ def test_the_baseline_of_k_tokens_is_found_to_use_k_tokens(k):
 
 
 def test_a_model_that_predicts_what_its_context_lacks_uses_nothing():
-    test = test_of(Ids(5000), "full", 1024, 5)
+    test = make_copy_test(Ids(5000), "full", 1024, 5)
     absent = np.setdiff1d(np.arange(5000), test.sequences)[0]
     found = kgram_baseline(test, predicting(np.full_like(test.suffixes(), absent)))
     assert not any(found["uses"].values())

@@ -465,7 +465,7 @@ def compile_blocks(model):
     return graphs
 
 
-def test_one_batch_is_learned_by_heart():
+def test_one_batch_is_memorized():
     torch.manual_seed(0)
     model, batch = Llama(TINY, eager), some_tokens(B=4, T=25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

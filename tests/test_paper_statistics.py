@@ -20,7 +20,7 @@ def test_a_difference_is_taken_pair_by_pair():
     assert found["values"] == [pytest.approx(0.25)] * 3
 
 
-def test_equal_onsets_are_known_to_the_distance_of_two_evaluations_alone():
+def test_the_interval_of_equal_onsets_has_the_width_of_their_rounding():
     assert summary([-100, -100, -100])["interval"] == [-100, -100]
     low, high = summary([-100, -100, -100], rounding=100 / 6**0.5)["interval"]
     assert low < -190 and high > -10

@@ -25,7 +25,7 @@ def test_what_is_saved_is_what_loads(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_a_failed_save_leaves_the_checkpoint_before(tmp_path):
+def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
     checkpoint.save(tmp_path / "ckpt.pt", STATE)
     before = (tmp_path / "ckpt.pt").read_bytes()
     with pytest.raises(Exception, match="pickle"):
@@ -33,7 +33,7 @@ def test_a_failed_save_leaves_the_checkpoint_before(tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.pt"
     cases = {"text": b"hello", "empty": b"", "pickle": pickle.dumps({"model": 1})}
     for data in cases.values():
@@ -54,14 +54,14 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every file")
-def test_a_file_that_may_not_be_read_says_so(tmp_path):
+def test_an_unreadable_file_is_reported(tmp_path):
     checkpoint.save(tmp_path / "ckpt.pt", STATE)
     (tmp_path / "ckpt.pt").chmod(0)
     with pytest.raises(UserError, match="ckpt.pt: cannot be read: Permission denied"):
         checkpoint.load(tmp_path)
 
 
-def test_an_error_of_the_disk_is_not_taken_for_a_file_of_another_kind(tmp_path, monkeypatch):
+def test_a_disk_error_is_not_reported_as_a_file_of_another_kind(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "ckpt.pt", STATE)
 
     def fail(*_, **__):
@@ -73,7 +73,7 @@ def test_an_error_of_the_disk_is_not_taken_for_a_file_of_another_kind(tmp_path, 
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
-def test_want_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch, error):
+def test_out_of_memory_is_not_reported_as_damage(tmp_path, monkeypatch, error):
     checkpoint.save(tmp_path / "ckpt.pt", STATE)
 
     def fail(*_, **__):

@@ -92,7 +92,7 @@ def test_every_line_fits_120_columns():
     assert len(line) <= 120 and "val loss 10.1234" in line and "full 1.000, hex16 0.123" in line and "induction 0.987" in line
 
 
-def test_the_time_to_go_includes_evaluations_and_the_step_time_does_not(monkeypatch):
+def test_the_remaining_time_includes_evaluations_and_the_step_time_does_not(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     timer = metrics.Timer(Config(batch_size=2, seq_len=5, max_steps=31), World(0, 1, torch.device("cpu")))

@@ -81,7 +81,7 @@ def test_exactly_max_steps_updates_are_made_and_the_last_is_saved(settings, monk
     assert len(calls) == 5 and checkpoint.load(settings["out_dir"])["step"] == 5
 
 
-def test_one_batch_is_learnt_by_heart(tmp_path, settings):
+def test_one_batch_is_memorized(tmp_path, settings):
     data = write_dataset(tmp_path / "one", rows=32, length=32)
     n = bins.Bin(data / "train.bin", 31, 17).n_windows
     rows = run(settings, data=str(data), dim=64, batch_size=n, micro_batch_size=n, max_steps=150,
@@ -521,7 +521,9 @@ def without_times(rows):
     return [{k: row[k] for k in row if k not in ("ms", "tokens_per_s", "eta_s")} for row in rows]
 
 
-def test_an_overflow_of_fp16_is_counted_in_silence_and_a_resume_keeps_scale_and_count(settings, monkeypatch, capsys, tmp_path):
+def test_an_fp16_overflow_is_counted_without_a_warning_and_a_resume_keeps_scale_and_count(
+    settings, monkeypatch, capsys, tmp_path
+):
     """A scale of 2^30 overflows fp16's 65,504; halved after each update, it fits when it is near 2^16."""
     init = LossScale.__init__
     monkeypatch.setattr(LossScale, "__init__", lambda self, *args: (init(self, *args), self.scale.fill_(2.0**30))[0])
