@@ -55,7 +55,7 @@ def run_command(main, argv) -> int:
     """Returns main(argv), an exit status. An expected exception becomes one line on stderr and its own exit status.
 
     Under torchrun, a UserError or RunFailed is taken to be raised by all ranks of a machine, and the first of them reports it.
-    Any other exception, subclasses of these two included, may come from one rank alone: that rank reports it, with its number.
+    Any other exception, subclasses of these two included, may come from only one rank: that rank reports it, with its number.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8

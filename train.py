@@ -17,7 +17,7 @@ from errors import RunFailed, UserError, about, is_out_of_memory
 
 if __name__ == "__main__":
     exit_on_interrupt()
-    CONFIG = settings.from_command_line(sys.argv[1:])  # before torch is imported, so that --help and typos answer at once
+    CONFIG = settings.from_command_line(sys.argv[1:])  # before torch is imported, so that --help and errors are immediate
 
 import contextlib
 import dataclasses

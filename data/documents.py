@@ -21,7 +21,7 @@ BOM = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 LONG = 65536  # bytes; a longer file of plain text is cut into documents of about this length
 MAX_RECORD = 2**25  # bytes; a longer record is dropped, as its ids would fill the memory
 TOO_LONG = f"longer than {MAX_RECORD // 2**20} MiB"
-PROBED = 100  # records; if none of so many has the field, its name is wrong
+PROBED = 100  # records at the beginning of a file; if none of them has the field, its name is taken to be wrong
 ROWS = 64  # of a table, read at a time
 
 

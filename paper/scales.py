@@ -25,7 +25,7 @@ class Scale:
     repeats: tuple[float, ...] = ()  # figure l: shares of the training tokens in inserted copies, 0 first
     weights: tuple[float, ...] = ()  # figure m: weights of repeated targets in the loss, 1 among them
     copying: str = "copy_exact_full"  # the measure of copying
-    attention: float | None = None  # induction_max that counts as a second onset, by attention; None: copying alone
+    attention: float | None = None  # induction_max that counts as a second onset, by attention; None: only by copying
     keep_weights: bool = False  # after they have been measured
     data: str = ""  # arguments that prepare data for another context than the config's, where it needs its own
     seeds: int = 3

@@ -5,7 +5,7 @@ step               number of updates made
 skipped            how many of them were skipped, because their loss or gradient was not finite
 overflows          how many were skipped because the loss scale of fp16 was too high
 loss_scale         runtime.optim.LossScale's state
-optimizer          the optimizer's state: parameter number -> name -> tensor (milestones have none: they hold weights alone)
+optimizer          the optimizer's state: parameter number -> name -> tensor (milestones have none: they hold only weights)
 config             every setting of the run by name; `kernels` is the op set that was chosen
 data_fingerprint   identifies the dataset
 tokenizer          data.tokenizer's state, so that the file alone turns text into ids

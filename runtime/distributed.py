@@ -66,7 +66,7 @@ class World:
 
 
 def start(config: Config) -> World:
-    """Joins the ranks that torchrun started: NCCL on GPUs, gloo on CPUs. One process alone is a world of one."""
+    """Joins the ranks that torchrun started: NCCL on GPUs, gloo on CPUs. A single process is a world of size 1."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)

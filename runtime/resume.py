@@ -40,7 +40,7 @@ def newest(config: Config, fingerprint: str, world) -> tuple[Path | None, dict]:
 def check(path: Path, state: dict, config: Config, fingerprint: str):
     """Raises UserError if the checkpoint is not one that a run with these settings and this data may resume."""
     if "optimizer" not in state:
-        raise UserError(f"{path}: a milestone holds weights alone; resume from a ckpt.pt, or pass --init_from")
+        raise UserError(f"{path}: a milestone holds only weights; resume from a ckpt.pt, or pass --init_from")
     source = state["config"].get("init_from") or ""
     if config.init_from and os.path.realpath(config.init_from) != os.path.realpath(str(source)):
         raise UserError(
