@@ -206,7 +206,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Appends k, v (B, T, Hkv, Dh) of a layer and returns all of its keys and values: (B, length + T, Hkv, Dh) each."""
+        """Writes k, v (B, T, Hkv, Dh) of a layer from `length` on; returns its keys and values: (B, length + T, Hkv, Dh)."""
         end = self.length + k.shape[1]
         keys, values = self.kv[layer]  # (B, max_len, Hkv, Dh) each
         keys[:, self.length : end] = k
