@@ -134,7 +134,7 @@ def claim_d(variant: str, firsts):
     how = verdict(order, lambda x: in_order(x) if len(x) > 1 else None)
     text = "; ".join(f"seed {seed}: {listed(first, 'layer {}', 0)}" for seed, first in enumerate(firsts))
     claim = f"induction heads form from shallow to deep layers, among the layers that form one ({label(variant)})"
-    return [claim, how, f"first step with a head of I at or above 0.3: {text}"]
+    return [claim, how, f"first step at which a head of the layer has I of at least 0.3: {text}"]
 
 
 @figure("e", "Attention dropout and weight decay", treatments)
@@ -232,7 +232,7 @@ def figure_i(data, scale, file):
     firsts = [[onset(ladder[k][seed], 0.5, "use") for k in range(4)] for seed in range(len(seeds))]
     how = verdict(firsts, climbs)
     text = "; ".join(f"seed {seed}: {listed(first, 'k = {}', 1)}" for seed, first in enumerate(firsts))
-    claim = "at hex16 the model uses longer k-grams one after the other, k = 1, 2 and on, as far as it gets"
+    claim = "at hex16 the model comes to use longer k-grams in order: k = 1, 2 and so on"
     return {"first_step": firsts, "claims": [[claim, how, f"first step at which the use of token k is one half: {text}"]]}
 
 

@@ -73,7 +73,7 @@ def claims_of_treatment(title: str, found: dict, scale, hinders=False) -> list[l
         starts, change = found[f"onset{by}"].values()
         text = f"change of the onset {signed(change, 0)}, in steps" if change else "no seed has both onsets"
         without, treated = (sum(x is None for x in side) for side in zip(*starts, strict=True))
-        text += f"; no onset in {treated} of {len(starts)} runs with it, and in {without} of those without it"
+        text += f"; without an onset: {treated} of {len(starts)} runs with it, {without} of {len(starts)} without it"
         claims.append([f"{title} makes copying come {sooner}{by}", judged[earlier(starts, change)], text])
     text = ", ".join(f"{measure_name(name)} {signed(x, 3)}" for name, x in found.items() if not name.startswith("onset"))
     how = judged[above_zero(found[scale.copying]["interval"])]

@@ -18,15 +18,19 @@ def check_data(config: Config, train_bin, tokenizer):
 
 
 def check_memory(config: Config, device: torch.device):
-    """Raises UserError if the weights, gradients and moments of a model, 16 bytes per parameter, exceed the device's memory."""
+    """Raises UserError if the weights, gradients and moments of a model exceed the device's memory.
+
+    They take 16 bytes per parameter; with Muon, whose matrices have one moment, at least 12.
+    """
+    size = config.n_parameters * (12 if config.optimizer == "muon" else 16)
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):  # a CPU, or Metal, which shares its memory
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         return
-    if 16 * config.n_parameters > available:
+    if size > available:
         raise UserError(
             f"dim={config.dim}, n_layers={config.n_layers}: out of memory: {config.n_parameters:,} parameters take "
-            f"{16 * config.n_parameters / 1e9:,.0f} GB, and there are {available / 1e9:,.0f} GB; choose a smaller model"
+            f"{size / 1e9:,.0f} GB, and there are {available / 1e9:,.0f} GB; choose a smaller model"
         )
