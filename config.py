@@ -49,17 +49,17 @@ def setting(default, doc: str, least=None):
 class ModelConfig:
     """The shape of a Llama. The defaults are llama162m: 162,417,408 parameters."""
 
-    dim: int = setting(768, "width of the residual stream (D)")
-    n_layers: int = setting(12, "number of transformer blocks")
-    n_heads: int = setting(12, "query heads per block (H)")
-    n_kv_heads: int = setting(0, "key and value heads per block (Hkv); 0: as many as n_heads")
-    head_dim: int = setting(0, "channels per head (Dh); 0: dim / n_heads")
-    hidden_dim: int = setting(3072, "width of the feed-forward layer (F)")
-    vocab_size: int = setting(32000, "number of token ids (V); bins hold at most 65536")
-    seq_len: int = setting(1024, "context length in tokens (T)")
+    dim: int = setting(768, "width of the residual stream (D)", least=1)
+    n_layers: int = setting(12, "number of transformer blocks", least=1)
+    n_heads: int = setting(12, "query heads per block (H)", least=1)
+    n_kv_heads: int = setting(0, "key and value heads per block (Hkv); 0: as many as n_heads", least=1)
+    head_dim: int = setting(0, "channels per head (Dh); 0: dim / n_heads", least=1)
+    hidden_dim: int = setting(3072, "width of the feed-forward layer (F)", least=1)
+    vocab_size: int = setting(32000, "number of token ids (V); bins hold at most 65536", least=1)
+    seq_len: int = setting(1024, "context length in tokens (T)", least=1)
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     rope_factor: float = setting(1.0, "RoPE scaling factor: linear, or Llama 3.1's if rope_original_seq_len is set")
-    rope_original_seq_len: int = setting(0, "original context of Llama 3.1's scaling; 0: linear scaling")
+    rope_original_seq_len: int = setting(0, "original context of Llama 3.1's scaling; 0: linear scaling", least=0)
     rope_low_freq_factor: float = setting(
         1.0, "Llama 3.1: frequencies with fewer rotations than this in the original context are divided"
     )
@@ -79,17 +79,16 @@ class ModelConfig:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.head_dim == 0 and self.n_heads > 0:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
-        for name, value in vars(self).items():
-            _check(self, name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "seq_len"):
-            _check(self, name, getattr(self, name) >= 1, "must be at least 1")
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            _check(self, f.name, not isinstance(value, float) or math.isfinite(value), "must be a finite number")
+            _check(self, f.name, least is None or value >= least, f"must be at least {least}")
         _check(self, "dim", self.dim % self.n_heads == 0, f"must be a multiple of n_heads={self.n_heads}")
         shape = f"(dim={self.dim}, n_heads={self.n_heads})"
         _check(self, "head_dim", self.head_dim % 2 == 0, f"must be even, as rotary embeddings rotate pairs of channels {shape}")
         _check(self, "n_heads", self.n_heads % self.n_kv_heads == 0, f"must be a multiple of n_kv_heads={self.n_kv_heads}")
         for name in ("rope_theta", "rope_factor", "rope_low_freq_factor", "norm_eps"):
             _check(self, name, getattr(self, name) > 0, "must be above 0")
-        _check(self, "rope_original_seq_len", self.rope_original_seq_len >= 0, "must be at least 0")
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         _check(self, "rope_low_freq_factor", low < high, f"must be below rope_high_freq_factor={high}")
         _check(self, "attn_dropout", 0 <= self.attn_dropout <= 255 / 256, "must lie in 0..255/256")
@@ -161,9 +160,6 @@ class Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         _check(self, "vocab_size", self.vocab_size <= 65536, "must fit uint16 tokens: at most 65536")
-        for f in dataclasses.fields(self):
-            least = f.metadata["least"]
-            _check(self, f.name, least is None or getattr(self, f.name) >= least, f"must be at least {least}")
         _check(self, "learning_rate", self.learning_rate > 0, "must be above 0")
         _check(self, "min_lr", 0 <= self.min_lr <= self.learning_rate, f"must lie in 0..learning_rate={self.learning_rate}")
         for name in ("beta1", "beta2"):
