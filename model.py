@@ -18,9 +18,6 @@ from config import ModelConfig
 class Linear(nn.Linear):
     """A projection whose weight, and bias if it has one, are cast to the dtype of the activations."""
 
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
-
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -97,7 +94,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.dim))
-        self.lm_head = Linear(config.dim, config.vocab_size)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self.register_buffer("cos", None, persistent=False)  # (T, Dh/2)
