@@ -100,8 +100,7 @@ def tokenizer_from_state(state: dict) -> Tokenizer:
 
 def tokenizer_to_meta(tokenizer: Tokenizer) -> tuple[dict, dict[str, bytes]]:
     """Returns a tokenizer's entries in meta.json, and the files to write beside it."""
-    entry = tokenizer.state()
-    entry.pop("counts", None)  # those of a new dataset are not known yet
+    entry = tokenizer.values()
     files = {}
     if tokenizer.file:
         files[tokenizer.file] = model = entry.pop("model")

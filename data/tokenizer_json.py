@@ -61,8 +61,8 @@ class TokenizerJson(Tokenizer):
     def altered(self, text, ids):
         return None if self.decode(ids) == text else "changed by the tokenizer"
 
-    def _values(self):
-        return super()._values() | {"bos": self.bos, "eos": self.eos, "vocab_size": self.vocab_size}
+    def values(self):
+        return super().values() | {"bos": self.bos, "eos": self.eos, "vocab_size": self.vocab_size}
 
     def _id_of(self, c):
         i = self.tokenizer.token_to_id(c)

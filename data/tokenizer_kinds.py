@@ -47,9 +47,10 @@ class Tokenizer:
 
     def state(self) -> dict:
         """Returns the plain values that tokenizer_from_state makes this tokenizer from."""
-        return self._values() | ({} if self.counts is None else {"counts": self.counts.tolist()})
+        return self.values() | ({} if self.counts is None else {"counts": self.counts.tolist()})
 
-    def _values(self) -> dict:
+    def values(self) -> dict:
+        """Returns `state` without the counts: what turns text into ids."""
         return {"kind": self.kind} | ({"model": self.model} if self.file else {})
 
     def hex_ids(self) -> list[int] | None:
@@ -107,7 +108,7 @@ class Chars(Tokenizer):
     def decode(self, ids):
         return "".join(self.alphabet[i] for i in self._text_ids(ids))
 
-    def _values(self):
+    def values(self):
         return {"kind": self.kind, "alphabet": len(self.alphabet)}
 
 
@@ -247,5 +248,5 @@ class Ids(Tokenizer):
     def decode(self, ids):
         return " ".join(str(int(i)) for i in ids)
 
-    def _values(self):
+    def values(self):
         return {"kind": self.kind, "size": self.size}

@@ -184,7 +184,7 @@ def _rope(values: dict, seq_len: int) -> dict:
 
 
 def _config_json(c: ModelConfig, tokenizer) -> dict:
-    plain = {name: value for name, value in tokenizer.state().items() if not isinstance(value, bytes) and name != "counts"}
+    plain = {name: value for name, value in tokenizer.values().items() if not isinstance(value, bytes)}
     fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "hidden_act": "silu"}
     kind = "llama3" if c.rope_original_seq_len else "default" if c.rope_factor == 1 else "linear"
     rope = {"rope_type": kind} | {theirs: getattr(c, ours) for ours, theirs in ROPE[kind].items()}

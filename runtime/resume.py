@@ -105,10 +105,6 @@ def start_from(path, state: dict, config: Config, model, tokenizer, world):
         raise UserError(f"{mine}, but init_from={path} has {', '.join(map(str, other.values()))}; pass {wanted}")
     checkpoint.restore(path, state, model)
     world.say(f"starting from the weights of {path}, step {state['step']} there")
-    if "ids" not in (tokenizer.kind, state["tokenizer"].get("kind")):
-        if _without_counts(state["tokenizer"]) != _without_counts(tokenizer.state()):
-            world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids stand for other text")
-
-
-def _without_counts(tokenizer: dict) -> dict:
-    return {name: value for name, value in tokenizer.items() if name != "counts"}
+    source = {name: value for name, value in state["tokenizer"].items() if name != "counts"}
+    if "ids" not in (tokenizer.kind, source.get("kind")) and source != tokenizer.values():
+        world.say(f"warning: the tokenizer of {path} is not that of {config.data}: the same ids stand for other text")
