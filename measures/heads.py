@@ -7,8 +7,6 @@ head h uses those of head h // (H / Hkv).
 SCORES holds them all. To add a score, add an entry: tables, JSON, pictures, training and the curves over steps follow it.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,19 +33,17 @@ class Patterns(NamedTuple):
         return self.probs[:, :, self.lead :, self.lead :].diagonal(-back, dim1=-2, dim2=-1)
 
 
-@dataclasses.dataclass
-class Given:
-    """The inputs of a score that is not a mean of attention; found: the scores before it in SCORES, by name."""
+class Given(NamedTuple):
+    """The inputs of a score that is not a mean of attention. core: embed_unembed(model); found: the scores before it in
+    SCORES, by name.
+    """
 
     model: Llama
     ids: np.ndarray
     bos: int | None
     seed: int
+    core: torch.Tensor
     found: dict[str, np.ndarray]
-
-    @functools.cached_property
-    def core(self):
-        return embed_unembed(self.model)
 
 
 class Score(NamedTuple):
@@ -120,7 +116,7 @@ def _averaged(model: Llama, tokens: np.ndarray, score) -> dict[str, np.ndarray]:
 def scores(model: Llama, ids, bos: int | None, samples: int = 32, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns all SCORES by name, (n_layers, n_heads) each, from two passes over random tokens and from the weights."""
     found = attention_scores(model, ids, bos, samples, seed)
-    given = Given(model, ids, bos, seed, found)
+    given = Given(model, ids, bos, seed, embed_unembed(model), found)
     for name, score in SCORES.items():
         if score.other:
             found[name] = score.other(given)
