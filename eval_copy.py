@@ -94,7 +94,7 @@ def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full
         found = {
             "induction_loss": context.induction_loss(model, ours.ids, bos, n["induction_loss"]),
             "recall": context.associative_recall(model, ours.ids, bos, n["recall"]),
-            "pairs": context.key_values(model, ours.ids, bos, samples=n["pairs"]),
+            "pairs": context.key_values(model, ours.ids, bos, n["pairs"]),
         }
         return {"copy": copy, "heads": heads.scores(model, ours.ids, bos, n["heads"]), "context": found}
 

@@ -98,7 +98,7 @@ def main(device: torch.device) -> int:
     torch.manual_seed(0)
     head_dim = SHAPE["D"] // SHAPE["H"]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    op_sets = {who: kernels.choose(who, device, head_dim) for who in ("sdpa",)}
+    op_sets = {"sdpa": kernels.choose("sdpa", device, head_dim)}
     if reason := kernels.why_not_fused(device, head_dim):
         print(f"the Triton kernels do not run here: {reason}")
     else:

@@ -61,7 +61,7 @@ class Traffic(TorchDispatchMode):
         self.bytes[kernel.__name__] += count
 
 
-def step_bytes(config: Config, ops=fused, dtype=torch.bfloat16) -> Counter:
+def step_bytes(config: Config) -> Counter:
     """Returns {op or kernel: bytes} of one update of batch_size sequences in one micro-batch, with clipping and AdamW."""
     from triton.runtime.jit import KernelInterface
 
@@ -72,7 +72,7 @@ def step_bytes(config: Config, ops=fused, dtype=torch.bfloat16) -> Counter:
 
     whole = patch.object(cross_entropy, "chunk_rows", lambda x, weight: len(x))  # as on a GPU that holds the logits
     with patch.object(KernelInterface, "__getitem__", launch), whole, FakeTensorMode():
-        model = Llama(config.model(), ops, dtype).train()
+        model = Llama(config.model(), fused, torch.bfloat16).train()
         optimizer = make_optimizer(model, config)
         tokens = torch.zeros(config.batch_size, config.seq_len, dtype=torch.int64)
         seed = torch.zeros(config.batch_size, dtype=torch.int64) if config.attn_dropout else None

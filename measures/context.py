@@ -82,7 +82,7 @@ def associative_recall(model: Llama, ids, bos: int | None, samples: int = 100, s
     return {"accuracy": torch.cat(hits).mean().item(), "rank": torch.cat(ranks).mean().item()}
 
 
-def key_values(model: Llama, ids, bos: int | None, pairs: int = PAIRS, samples: int = 100, seed: int = 0) -> float:
+def key_values(model: Llama, ids, bos: int | None, samples: int = 100) -> float:
     """Measures multi-query associative recall (Arora et al. 2023): pairs of a key and a value, then the same pairs in another
     order. Returns the share of keys of the second round after which the right value is the likeliest token.
 
@@ -90,10 +90,10 @@ def key_values(model: Llama, ids, bos: int | None, pairs: int = PAIRS, samples: 
     do not hold two.
     """
     ids, lead = np.asarray(ids, dtype=np.int64), int(bos is not None)
-    n = min(pairs, fitting(model, 2 * pairs, bos) // 2, len(ids) // 2)
+    n = min(PAIRS, fitting(model, 2 * PAIRS, bos) // 2, len(ids) // 2)
     if n < 2:
         raise UserError(f"seq_len={model.config.seq_len}, {len(ids)} ids: too few for two pairs of a key and a value")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     first = np.stack([rng.permutation(ids)[: 2 * n].reshape(n, 2) for _ in range(samples)])  # (samples, n, 2)
     second = np.stack([rng.permutation(rows) for rows in first])
     rounds = first.reshape(samples, -1), second.reshape(samples, -1)

@@ -1,7 +1,6 @@
 """How often a corpus repeats itself within a window, and how well the repeats predict the next token."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 
@@ -36,7 +35,7 @@ def repetition(ids: np.ndarray) -> dict[str, float]:
 def of_training_data(config: Config) -> dict[str, float]:
     """Returns the repetition in windows of a run's training data, drawn at random; {} where the data are gone."""
     path = ROOT / config.data / "train.bin"
-    if not Path(path).exists():
+    if not path.exists():
         return {}
     data = Bin(path, config.seq_len, config.vocab_size)
     return repetition(data.windows(order(0, 0, data.n_windows)[:WINDOWS]))

@@ -50,11 +50,9 @@ def at_exponents(law, wanted: tuple[float, ...], near: float = 0.5) -> str:
     found = list(zip(intervals(law), wanted, strict=False))
     if any(not low <= e <= high for (low, high), e in found):
         return FAILS
-    return (
-        HOLDS
-        if found and not is_misfit(law["misfit"]) and all(e - near < low and high < e + near for (low, high), e in found)
-        else INCONCLUSIVE
-    )
+    if not found or is_misfit(law["misfit"]):
+        return INCONCLUSIVE
+    return HOLDS if all(e - near < low and high < e + near for (low, high), e in found) else INCONCLUSIVE
 
 
 def law_text(law, names) -> str:
