@@ -230,21 +230,14 @@ def draw(letters: list[str], runs: Runs) -> bool:
                 describe_runs(name, data.get(name, []), len(runs.seeds(name)), runs.configs[name], runs.scale, figure.columns)
                 for name in names
             ]
-            atomic_write(runs.out / f"{letter}.json", json.dumps(rounded(found), indent=1) + "\n")
+            # Floats are rounded to 10 significant digits, on which machines agree.
+            rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.10g}"))
+            atomic_write(runs.out / f"{letter}.json", json.dumps(rounded, indent=1) + "\n")
             drawn = True
     if drawn:
         there = {letter: figure for letter, figure in FIGURES.items() if figure.variants(runs.scale)}
         write_report(runs.out, runs.name, runs.scale, there)
     return drawn
-
-
-def rounded(found):
-    """Returns nested values with floats rounded to 10 significant digits, on which machines agree."""
-    if isinstance(found, dict):
-        return {name: rounded(value) for name, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [rounded(value) for value in found]
-    return float(f"{found:.10g}") if isinstance(found, float) else found
 
 
 def main(argv: list[str]) -> int:
