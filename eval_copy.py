@@ -70,17 +70,12 @@ def make_tests(tokenizer: Tokenizer, seq_len: int, samples: int, names=None, tex
     return tests
 
 
-def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest], full: bool = True) -> dict:
+def measure(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest]) -> dict:
     """Returns all scores of a model: {"copy": {alphabet: scores}, "heads": {score: (n_layers, n_heads)}, "context": scores}.
 
-    A progress bar on stderr counts the tokens that the model reads. full=False is for evaluations during training: it leaves
-    out the bar, the k-gram baseline, the use of the context, and all scores of heads but heads.attention_scores. The model is
-    left in eval mode.
+    A progress bar on stderr counts the tokens that the model reads. The model is left in eval mode.
     """
     ours, bos = vocabulary(tokenizer), tokenizer.bos
-    if not full:
-        copy = {name: copy_scores(test, predict(model, test)) for name, test in tests.items()}
-        return {"copy": copy, "heads": heads.attention_scores(model, ours.ids, bos, samples=8)}
     copy = {}
     lengths = {name: min(tokens, model.config.seq_len) for name, (_, tokens) in SAMPLES.items()}
     n = {name: affordable(model, lengths[name], most) for name, (most, _) in SAMPLES.items()}
@@ -119,10 +114,11 @@ def as_row(scores: dict) -> dict:
 
 
 def training_row(model: Llama, tokenizer: Tokenizer, tests: dict[str, CopyTest]) -> dict:
-    """Returns the scores that a run logs in metrics.jsonl. The model is left in training mode."""
-    row = as_row(measure(model, tokenizer, tests, full=False))
+    """Returns the scores that a run logs: copying, and where the heads look. The model is left in training mode."""
+    copy = {name: copy_scores(test, predict(model, test)) for name, test in tests.items()}
+    looks = heads.attention_scores(model, vocabulary(tokenizer).ids, tokenizer.bos, samples=8)
     model.train()
-    return row
+    return as_row({"copy": copy, "heads": looks})
 
 
 def context_length(model: Llama, asked: int) -> int:
