@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from measures.ablation import best_first
 from measures.copying import PREFIX, SUFFIX
 from measures.heads import SCORES
 from measures.kgrams import K
@@ -69,8 +70,7 @@ def _heads(heads: dict) -> list[str]:
     for name, score in SCORES.items():
         if score.title and name in heads:
             values = np.array(heads[name])
-            best = np.dstack(np.unravel_index(np.argsort(-values, axis=None)[:3], values.shape))[0]
-            lines.append(_row(score.title, (f"layer {i} head {j}: {values[i, j]:.3f}" for i, j in best)))
+            lines.append(_row(score.title, (f"layer {i} head {j}: {values[i, j]:.3f}" for i, j in best_first(values)[:3])))
     return lines
 
 

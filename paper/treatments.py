@@ -39,15 +39,12 @@ def compare(pairs, scale, columns) -> dict:
         change = summary(both, rounding_of_a_difference(every(pairs[0][0]))) if both else None
         found[f"onset{by}"] = {"starts": starts, "change": change}
     found |= {column: difference(column, pairs) for column in columns}
-    if not same_questions(pairs, scale) and found[scale.copying]["interval"]:
+    alphabet = scale.copying.rsplit("_", 1)[1]
+    questions = {rows[-1].get(f"questions_{alphabet}") for pair in pairs for rows in pair}
+    if len(questions) > 1 and found[scale.copying]["interval"]:
         low, high = found[scale.copying]["interval"]
         found[scale.copying]["interval"] = [low - OTHER_QUESTIONS, high + OTHER_QUESTIONS]
     return found
-
-
-def same_questions(pairs, scale) -> bool:
-    alphabet = scale.copying.rsplit("_", 1)[1]
-    return len({rows[-1].get(f"questions_{alphabet}") for pair in pairs for rows in pair}) == 1
 
 
 def earlier(starts, change) -> str:
