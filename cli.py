@@ -57,6 +57,7 @@ def run_command(main, argv) -> int:
     Under torchrun, a UserError or RunFailed is taken to be raised by all ranks of a machine, and the first of them reports it.
     Any other exception, subclasses of these two included, may come from only one rank: that rank reports it, with its number.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C raises again: files are closed and processes ended
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
@@ -89,15 +90,10 @@ def quiet_pipe():
 
 
 def exit_on_interrupt():
-    """Makes Ctrl-C end the process with one line and status 130 from now on, also while modules are being imported."""
+    """Makes Ctrl-C end the process with one line and status 130 until run_command, also while modules are being imported."""
 
     def interrupted(number, frame):
         os.write(2, b"interrupted\n")
         os._exit(130)
 
     signal.signal(signal.SIGINT, interrupted)
-
-
-def raise_on_interrupt():
-    """Makes Ctrl-C raise KeyboardInterrupt again, so that files are closed and processes ended."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,7 +13,7 @@ Every score is defined in measures/; docs/measures.md lists them with their sour
 
 import sys
 
-from cli import Parser, exit_on_interrupt, quiet_pipe, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, quiet_pipe, run_command
 from errors import UserError
 
 if __name__ == "__main__":
@@ -293,5 +293,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

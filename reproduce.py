@@ -13,7 +13,7 @@ REPORT.md are made only from these rows, in results/<scale>/, even if some of th
 
 import sys
 
-from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, run_command
 from errors import RunFailed, UserError
 
 if __name__ == "__main__":
@@ -278,6 +278,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise_on_interrupt()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C, the runs save
     sys.exit(run_command(main, sys.argv[1:]))

@@ -9,7 +9,7 @@ A continuation ends with its document, after --max_new_tokens, or where the mode
 
 import sys
 
-from cli import Parser, exit_on_interrupt, quiet_pipe, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, quiet_pipe, run_command
 from errors import UserError, about
 
 if __name__ == "__main__":
@@ -135,5 +135,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

@@ -16,8 +16,8 @@ from cli import exit_on_interrupt, run_command
 from errors import RunFailed, UserError, about, is_out_of_memory
 
 if __name__ == "__main__":
-    exit_on_interrupt()
     CONFIG = settings.from_command_line(sys.argv[1:])  # before torch is imported, so that --help and errors are immediate
+    exit_on_interrupt()  # importing torch takes seconds
 
 import contextlib
 import dataclasses

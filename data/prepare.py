@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:
     print("expected: python -m data.prepare, from the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command, whole
+from cli import Parser, exit_on_interrupt, run_command, whole
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing NumPy and the tokenizers takes a while
@@ -234,5 +234,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))

@@ -8,7 +8,7 @@ python -m runtime.plots runs/tiny --watch    and redraws them while it trains
 
 import sys
 
-from cli import Parser, exit_on_interrupt, raise_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, run_command
 from errors import UserError
 
 if __name__ == "__main__":
@@ -262,5 +262,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise_on_interrupt()
     sys.exit(run_command(main, sys.argv[1:]))
