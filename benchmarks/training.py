@@ -28,7 +28,7 @@ import train
 from benchmarks.baselines import BASELINES, ON, NanoGPT
 from config import ROOT, Config, load
 from data import bins
-from errors import UserError
+from errors import UserError, first_line
 from model import Llama
 from runtime import distributed, metrics
 
@@ -176,7 +176,7 @@ def take_turns(c: Config, who: str, nanogpt: str | None = None):
         world.say(json.dumps(row | ({"parts_ms": steps.parts()} if who == OURS and world.size == 1 else {})))
         distributed.leave()
     except (UserError, torch.OutOfMemoryError, ValueError, RuntimeError) as e:
-        print(json.dumps({"failed": str(e).strip().split("\n")[0]}), flush=True)
+        print(json.dumps({"failed": first_line(e)}), flush=True)
 
 
 class Worker:
