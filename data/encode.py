@@ -134,21 +134,19 @@ def insert_repeats(ids: np.ndarray, share: float, rng: np.random.Generator) -> n
     if n < SHORTEST:
         return ids
     budget = share / (1 - share) * n
-    copies = []
+    places, copies = [], []
     while True:
         length = int(rng.integers(SHORTEST, min(LONGEST, n) + 1))
         if rng.random() * length >= budget:  # the last copy is made with a probability that keeps the average
             break
         place = int(rng.integers(length, n + 1))
         start = int(rng.integers(max(place - WITHIN, 0), place - length + 1))
-        copies.append((place, ids[start : start + length]))
+        places.append(place)
+        copies.append(ids[start : start + length])
         budget -= length
-    pieces = []
-    end = 0
-    for place, copy in sorted(copies, key=lambda copy: copy[0]):
-        pieces += ids[end:place], copy
-        end = place
-    return np.concatenate([*pieces, ids[end:]])
+    if not copies:
+        return ids
+    return np.insert(ids, np.repeat(places, list(map(len, copies))), np.concatenate(copies))
 
 
 def encode_all(
