@@ -12,7 +12,7 @@ import functools
 import numpy as np
 import torch
 
-from measures.batching import progress
+from measures.batching import progress, wide
 from measures.context import token_losses
 from measures.copying import CopyTest, copy_scores, predict
 from measures.heads import LENGTH, fitting, repeated
@@ -53,8 +53,7 @@ def head_means(model: Llama, tokens) -> torch.Tensor:
     c, means = model.config, []
 
     def hook(_, args):
-        x = args[0]
-        means.append(x.to(torch.promote_types(x.dtype, torch.float32)).mean((0, 1)))  # (H * Dh,)
+        means.append(wide(args[0]).mean((0, 1)))  # (H * Dh,)
 
     with contextlib.ExitStack() as stack:
         for block in model.blocks:

@@ -15,9 +15,9 @@ ROWS = 4096  # of logits, or of the embedding in float64
 FLOPS = 1e12  # budget of a measure on a CPU, about 10 s on two cores; other devices get 100 times as much
 
 
-def wide(logits):
-    """Returns logits in fp32 or wider: bf16 has two to three significant digits, too few for a softmax."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def wide(x):
+    """Returns x in fp32 or wider: bf16 has two to three significant digits, too few for a softmax or a mean."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def affordable(model: Llama, tokens: int, most: int, least: int = 4, share: float = 1.0) -> int:

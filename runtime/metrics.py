@@ -236,8 +236,6 @@ def evaluation_line(row: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
