@@ -135,8 +135,8 @@ def end_of(kind: str, seeds) -> dict | None:
     found = summary(at_the_end(rows, kind) for rows in seeds)
     if kind in CORPUS:
         found["interval"] = None  # of the data: the same in every run
-    elif found["interval"] and kind not in LOSSES:
-        found["interval"] = np.clip(found["interval"], 0, 1).tolist()  # all others are shares
+    elif found["interval"]:
+        found["interval"] = np.clip(found["interval"], 0, None if kind in LOSSES else 1).tolist()  # all others are shares
     return found
 
 
