@@ -78,19 +78,21 @@ def one_update(config, rank, size):
 
 
 @pytest.mark.parametrize("size", [2, 8])
-@pytest.mark.parametrize("passes", [1, 2])
-def test_each_rank_sends_its_gradient_once_per_update_and_the_loss_and_nothing_else(settings, size, passes):
-    """4 bytes of each parameter, whatever the gradient accumulation; 4 of the loss; before each pass a flag of 8, on the CPUs,
-    which says whether a signal arrived. The gradients that the ranks send add up to that of the whole batch: 1e-6 is rounding
-    at gradients of up to 0.5.
+@pytest.mark.parametrize("passes, weight", [(1, 1.0), (2, 1.0), (2, 4.0)])
+def test_each_rank_sends_its_gradient_once_per_update_and_the_loss_and_nothing_else(settings, size, passes, weight):
+    """4 bytes of each parameter, whatever the gradient accumulation; 4 of the loss, and with repeated_weight 4 of the targets
+    that count; before each pass a flag of 8, on the CPUs, which says whether a signal arrived. The gradients that the
+    ranks send add up to that of the whole batch: 1e-6 is rounding at gradients of up to 0.5.
     """
-    config = from_dict(settings | dict(batch_size=16, micro_batch_size=16 // size // passes, grad_clip=0.0))
+    shares = dict(batch_size=16, micro_batch_size=16 // size // passes)
+    config = from_dict(settings | shares | dict(grad_clip=0.0, repeated_weight=weight))
+    losses = [4] if weight == 1 else [4, 4]
     whole, calls = one_update(dataclasses.replace(config, micro_batch_size=16), 0, 1)
     assert calls == []
     total = [torch.zeros_like(g) for g in whole]
     for rank in range(size):
         gradients, calls = one_update(config, rank, size)
         assert {name for name, _ in calls} == {"allreduce"}
-        assert sorted(n for _, n in calls) == sorted([8] * passes + [4, 4 * config.n_parameters])
+        assert sorted(n for _, n in calls) == sorted([8] * passes + losses + [4 * config.n_parameters])
         total = [t + g for t, g in zip(total, gradients, strict=True)]
     assert all(torch.allclose(t, g, rtol=0, atol=1e-6) for t, g in zip(total, whole, strict=True))
