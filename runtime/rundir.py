@@ -82,7 +82,7 @@ def is_running(path: Path) -> bool:
 
 def record(path: Path, state: str):
     """Records in run.pid how far this process has come, for is_restarted."""
-    atomic_write(path / "run.pid", f"{os.getpid()}\n{state} {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
+    (path / "run.pid").write_text(f"{os.getpid()}\n{state} {os.environ.get('TORCHELASTIC_RUN_ID')}\n")
 
 
 def is_restarted(path: Path, state: str) -> bool:
