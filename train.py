@@ -283,9 +283,11 @@ def update(
             loss = micro_step(model, x, y, dropout_seeds(config, position, micro, world.device), scale * share)
         own += loss * share
         kept += share
-    loss = world.sum(own) / world.size
-    if config.repeated_weight != 1:  # logged per target that counts
-        loss = loss / (world.sum(torch.full_like(own, kept)) / world.size)
+    if config.repeated_weight == 1:
+        loss = world.sum(own) / world.size
+    else:  # logged per target that counts
+        total, targets = world.sum(torch.stack((own, torch.full_like(own, kept))))
+        loss = total / targets
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]) / scale
     clip = (norm / config.grad_clip).clamp(min=1) if config.grad_clip else 1.0
     found_inf = (~(loss + norm).isfinite()).float()

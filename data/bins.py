@@ -249,7 +249,7 @@ def batch(run: Path, step: int, folder: str = ""):
     if not files(Path(folder) / "train.bin"):
         raise UserError(f"{folder}/train.bin: not found from this folder; pass --data=FOLDER")
     # `data.prepare from-bin` may have added a meta.json since.
-    if trained_on not in (None, fingerprint(folder), fingerprint_of_ends(folder)):
+    if trained_on not in (None, fingerprint(folder)) and trained_on != fingerprint_of_ends(folder):
         raise UserError(f"{folder}: not the data that {run} was trained on; pass --data=FOLDER")
     data = Bin(Path(folder) / "train.bin", c.seq_len, c.vocab_size)
     windows = window_indices(c.seed, (step - 1) * c.batch_size, c.batch_size, data.n_windows)
