@@ -54,15 +54,18 @@ def atomic_write(path, data: bytes | str):
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def check_output(option: str, file: str | Path, *suffixes: str):
-    """Raises UserError if `file` cannot be written or would replace a file of another kind; called before long work."""
+def check_output(option: str, file: str | Path, *suffixes: str, begins: bytes | None = None):
+    """Raises UserError if `file` cannot be written or would replace a file of another kind; called before long work.
+
+    begins: the first bytes of files of this kind (default: those in BEGINNINGS)
+    """
     path = Path(file)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{option}={file}: expected a name that ends in {', '.join(suffixes)}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option}={file}: cannot be written; name a file in a folder that exists and is writable")
     if path.exists():
-        beginning = BEGINNINGS[path.suffix.lower()]
+        beginning = begins or BEGINNINGS[path.suffix.lower()]
         with path.open("rb") as old:
             if old.read(len(beginning)) not in (b"", beginning):
                 raise UserError(f"{option}={file}: exists and was not written by {option}; name another file, or remove it")

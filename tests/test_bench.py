@@ -335,8 +335,9 @@ def test_sigterm_keeps_the_curve_so_far_and_ends_the_run(dataset, tmp_path):
     assert stored["alphabet"] == "full" and [step for _, step, _ in stored["seeds"][0]["curve"]][:1] == [1]
 
 
-def test_a_mistake_is_one_line():
-    unwritable = [["data", f"--json={path}"] for path in ("nowhere/x.json", "docs", os.devnull)]
+def test_a_mistake_is_one_line(tmp_path):
+    (other := tmp_path / "other.json").write_text("{}")
+    unwritable = [["data", f"--json={path}"] for path in ("nowhere/x.json", "docs", os.devnull, other)]
     for argv in (["train", "configs/tiny.py", "--lr=1"], ["copy", "nowhere.py"], ["speed"], *unwritable):
         done = subprocess.run([sys.executable, "bench.py", *argv], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done
