@@ -74,9 +74,7 @@ def run_command(main, argv) -> int:
         if os.environ.get("LOCAL_RANK", rank) == "0" or not shared:
             print(message, file=sys.stderr, flush=True)
         elif status != 130 and "TORCHELASTIC_RUN_ID" in os.environ:
-            # torchrun ends all ranks once one has ended; the one that reports must not be ended before it has.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)
+            wait_for_report()
         return status
 
 
@@ -87,6 +85,18 @@ def quiet_pipe():
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # stdout is flushed once more at exit
+
+
+def say(*words, end="\n"):
+    """Prints at once. If stdout is closed, as by `| head`, this and all later output is dropped without an error."""
+    with quiet_pipe():
+        print(*words, end=end, flush=True)
+
+
+def wait_for_report():
+    """Waits until torchrun ends this rank, as it does once another has ended: the rank that reports must not be ended first."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(10)
 
 
 def exit_on_interrupt():

@@ -13,7 +13,7 @@ Every score is defined in measures/; docs/measures.md lists them with their sour
 
 import sys
 
-from cli import Parser, exit_on_interrupt, quiet_pipe, run_command
+from cli import Parser, exit_on_interrupt, quiet_pipe, run_command, say
 from errors import UserError
 
 if __name__ == "__main__":
@@ -185,7 +185,7 @@ def over_steps(run: Path, args: argparse.Namespace):
     tests = {}
     missing = sorted(found.keys() - rows.keys())
     if not missing:
-        print(f"{file}: has all {len(found)} checkpoints; to measure them again, remove it")
+        say(f"{file}: has all {len(found)} checkpoints; to measure them again, remove it")
     for step in missing:
         model, tokenizer, _ = load(found[step], args.device, args.kernels)
         if not tests:
@@ -197,7 +197,7 @@ def over_steps(run: Path, args: argparse.Namespace):
         rows[step] = {"step": step, "path": found[step].name} | as_row(measure(model, tokenizer, tests))
         atomic_write(file, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)))
         exact = ", ".join(f"{name} {rows[step][f'copy_exact_{name}']:.3f}" for name in tests)
-        print(f"step {step}: exact match {exact}", flush=True)
+        say(f"step {step}: exact match {exact}")
 
 
 def attention_page(path, text: str, args: argparse.Namespace) -> str:
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> int:
         text, file = args.attention
         check_output("--attention", file, ".html")
         atomic_write(file, attention_page(args.paths[0], text, args))
-        print(f"page: {file}")
+        say(f"page: {file}")
         return 0
     if args.over_steps:
         for path in args.paths:
@@ -278,8 +278,7 @@ def main(argv: list[str]) -> int:
     results = []
     for path in args.paths:
         results.append(evaluate(path, args))
-        with quiet_pipe():
-            print(table(results[-1]), end="\n\n", flush=True)
+        say(table(results[-1]), end="\n\n")
     if args.json:
         scores = [{name: value for name, value in result.items() if name != "stripes"} for result in results]
         atomic_write(args.json, json.dumps(scores, indent=1) + "\n")
@@ -288,7 +287,7 @@ def main(argv: list[str]) -> int:
 
         maps = {name: score.title for name, score in heads.SCORES.items() if score.headline}
         plots.draw(args.plot, results, runs, maps)
-        print(f"picture: {args.plot}")
+        say(f"picture: {args.plot}")
     return 0
 
 

@@ -13,7 +13,7 @@ REPORT.md are made only from these rows, in results/<scale>/, even if some of th
 
 import sys
 
-from cli import Parser, exit_on_interrupt, run_command
+from cli import Parser, exit_on_interrupt, run_command, say
 from errors import RunFailed, UserError
 
 if __name__ == "__main__":
@@ -269,11 +269,11 @@ def main(argv: list[str]) -> int:
     letters = there if args.figure == "all" else [args.figure]
     complete = args.redraw or train_all(letters, runs, jobs)
     if draw(letters, runs):
-        print(f"results/{args.scale}/REPORT.md")
+        say(f"results/{args.scale}/REPORT.md")
     elif args.redraw:
         raise UserError(f"results/{args.scale}/rows: there are no measured runs to draw from; leave --redraw out")
     if not complete:
-        print("the time limit of --minutes was reached; run the same command to resume")
+        say("the time limit of --minutes was reached; run the same command to resume")
     return 0 if complete else 3
 
 

@@ -18,7 +18,7 @@ if __name__ == "__main__" and not __package__:
     print("expected: python -m data.prepare, from the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from cli import Parser, exit_on_interrupt, run_command, whole
+from cli import Parser, exit_on_interrupt, run_command, say, whole
 
 if __name__ == "__main__":
     exit_on_interrupt()  # importing NumPy and the tokenizers takes a while
@@ -58,7 +58,7 @@ def prepare(argv: list[str]) -> Path:
         show(out, import_bins(out, tokenizer, args))
         return out
     if is_prepared(out, args, tokenizer):
-        print(f"{out}: already prepared with these arguments; to make it again, remove the folder")
+        say(f"{out}: already prepared with these arguments; to make it again, remove the folder")
         return out
 
     source = SOURCES[args["source"]]
@@ -69,7 +69,7 @@ def prepare(argv: list[str]) -> Path:
         key["tokenizer"] = tokenizer_to_meta(tokenizer)[0]["tokenizer"]
     with Writer(out, key=key) as writer:
         if is_prepared(out, args, tokenizer):  # by another process, while this one listed the source
-            print(f"{out}: prepared by another process")
+            say(f"{out}: prepared by another process")
             return out
         tokenizer = tokenizer or train_tokenizer(args["vocab_size"], parts, writer)
         writer.vocab_size = tokenizer.size
@@ -86,7 +86,7 @@ def prepare(argv: list[str]) -> Path:
         if "repeat" in args:
             copied = state["counts"]["copied"]["train"]
             details["repeat"] = {"tokens": copied, "share": copied / writer.totals["train"]["tokens"]}
-            print(f"{details['repeat']['share']:.2%} of the training tokens are in inserted copies")
+            say(f"{details['repeat']['share']:.2%} of the training tokens are in inserted copies")
         show(out, writer.commit(details, files))
     return out
 
@@ -94,7 +94,7 @@ def prepare(argv: list[str]) -> Path:
 def show(out: Path, meta: dict):
     """Prints the sizes of a dataset."""
     sizes = ", ".join(f"{split} {meta['splits'][split]['tokens']:,} tokens" for split in SPLITS)
-    print(f"{out}: {sizes}, vocab_size {meta['vocab_size']} ({meta['tokenizer']['kind']})")
+    say(f"{out}: {sizes}, vocab_size {meta['vocab_size']} ({meta['tokenizer']['kind']})")
 
 
 def parse(argv: list[str]) -> tuple[dict, Path, int]:
@@ -200,7 +200,7 @@ def train_tokenizer(size: int, parts: list[Part], writer: Writer) -> Tokenizer:
     """Trains a bpe tokenizer on the source; it lies beside the unfinished bins, so that resuming does not train it again."""
     path = writer.partial / "tokenizer.model"
     if writer.state is None:
-        print(f"training a bpe tokenizer of {size} ids", flush=True)
+        say(f"training a bpe tokenizer of {size} ids")
         atomic_write(path, train_bpe(training_texts(parts), size))
         writer.save({})
     return SentencePiece(path.read_bytes())

@@ -18,6 +18,7 @@ import filelock
 import numpy as np
 import tqdm
 
+from cli import say
 from data.documents import Part
 from data.encode import Settings, batches, encode_all
 from data.meta import BLOCK, MAX_VOCAB, SPLITS, TOKEN, scan, write_meta
@@ -165,7 +166,7 @@ def write_documents(writer: Writer, parts: list[Part], tokenizer: Tokenizer, set
         return 0 < quotas[group] <= counts["tokens"][group]
 
     if writer.state:
-        print(f"{writer.folder}: resuming after {sum(counts['docs'].values()):,} documents", flush=True)
+        say(f"{writer.folder}: resuming after {sum(counts['docs'].values()):,} documents")
     saved = time.monotonic()
     with progress_bar(parts, sum(quotas.values()), initial=sum(counts[counted].values())) as bar:
         for batch, encoded in encode_all(batches(parts, state["position"], is_full), tokenizer, settings, processes):
@@ -200,12 +201,12 @@ def report(writer: Writer, state: dict, parts: list[Part]):
     counts = state["counts"]
     for reason, n in counts["dropped"].items():
         if n:
-            print(f"left out: {n:,} documents {reason}, the first {state['first'][reason]}")
+            say(f"left out: {n:,} documents {reason}, the first {state['first'][reason]}")
     for reason, n in counts["altered"].items():
-        print(f"note: {n:,} documents do not decode to their text: {reason}")
+        say(f"note: {n:,} documents do not decode to their text: {reason}")
     for group, quota in {part.group: part.quota for part in parts}.items():
         if counts["tokens"][group] < quota:
-            print(f"note: {group or 'the source'} has {counts['tokens'][group]:,} tokens of the {quota:,} asked for")
+            say(f"note: {group or 'the source'} has {counts['tokens'][group]:,} tokens of the {quota:,} asked for")
     total = sum(counts["docs"].values())
     if not all(counts["docs"][split] for split in SPLITS):
         writer.journal.unlink(missing_ok=True)  # resuming would end here again

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import quiet_pipe
+from cli import say
 from config import Config
 from errors import OutOfMemory, RunFailed, UserError
 
@@ -30,10 +30,9 @@ class World:
     cpu_group: object = None
 
     def say(self, *words):
-        """Prints, on rank 0 only. If stdout is closed, as by `| head`, the run continues without printing."""
+        """Prints, on rank 0 only. If stdout is closed, the run continues without printing."""
         if self.rank == 0:
-            with quiet_pipe():
-                print(*words, flush=True)
+            say(*words)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the sum of x over all ranks."""

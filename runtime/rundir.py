@@ -10,12 +10,11 @@ import itertools
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import filelock
 
-from cli import quiet_pipe
+from cli import say, wait_for_report
 from config import Config
 from errors import UserError
 from files import atomic_write
@@ -46,7 +45,7 @@ def locked(path: Path):
             f"{path}: process {owner.read_text().split()[0]} is training there; wait for it, or name another --out_dir"
         ) from None
     except (OSError, NotImplementedError) as e:  # a file system that cannot lock
-        print(f"warning: {path}: cannot be locked ({e}); let no other run write to it", flush=True)
+        say(f"warning: {path}: cannot be locked ({e}); let no other run write to it")
     record(path, "begun" if is_restarted(path, "begun") else "starting")
     for name in ("*.pt", "config.json", "metrics.jsonl"):
         for unfinished in path.glob(f"{name}.*.tmp"):  # by a run that was killed while it wrote
@@ -98,9 +97,9 @@ def was_stopped(path: Path) -> bool:
     if not is_restarted(path, "stopped"):
         return False
     if os.environ.get("RANK") == "0":
-        print(f"{path}: a signal stopped this run; it is not restarted", flush=True)
+        say(f"{path}: a signal stopped this run; it is not restarted")
     else:
-        time.sleep(10)  # torchrun ends every rank as soon as one has ended, and rank 0 must not be ended before it has printed
+        wait_for_report()
     return True
 
 
@@ -132,8 +131,7 @@ def begin(path: Path, config: Config, resumed: Path | None, step: int, facts: di
                 shutil.copyfile(path / name, folder / name)
         for file in old:
             file.rename(folder / file.name)
-        with quiet_pipe():
-            print(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}", flush=True)
+        say(f"moved what earlier updates left in {path} to {folder}: {', '.join(file.name for file in old)}")
     record(path, "begun")
     rows = metrics.Metrics(path / "metrics.jsonl", step)
     atomic_write(path / "config.json", json.dumps(dataclasses.asdict(config) | facts, indent=2) + "\n")
